@@ -1,0 +1,52 @@
+"""Read, write and verify caches of a teacher's sparse lens targets. Needs neither torch nor transformers."""
+
+from distilllens_cache.canary import CanaryResult, canary
+from distilllens_cache.codec import CODECS, Codec
+from distilllens_cache.errors import CacheError
+from distilllens_cache.layout import FORMAT_VERSION
+from distilllens_cache.manifest import (
+    READER_FIELDS,
+    FileRecord,
+    Identity,
+    LayerStats,
+    Manifest,
+    ShardRecord,
+    TokenizerIdentity,
+    compare_identity,
+)
+from distilllens_cache.plan import plan_shards
+from distilllens_cache.reader import CacheReader
+from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
+from distilllens_cache.targets import LOG_FLOOR, CachedExample, LayerTargets, PlannedExample, example_digest
+from distilllens_cache.verify import Problem, VerifyReport, verify_cache
+from distilllens_cache.writer import CacheWriter
+
+__all__ = [
+    "CODECS",
+    "FIXED_POINT",
+    "FORMAT_VERSION",
+    "LOG_FLOOR",
+    "READER_FIELDS",
+    "CacheError",
+    "CacheReader",
+    "CacheWriter",
+    "CachedExample",
+    "CanaryResult",
+    "Codec",
+    "FileRecord",
+    "Identity",
+    "LayerStats",
+    "LayerTargets",
+    "Manifest",
+    "PlannedExample",
+    "Problem",
+    "ShardRecord",
+    "TokenizerIdentity",
+    "VerifyReport",
+    "canary",
+    "compare_identity",
+    "example_digest",
+    "plan_shards",
+    "tail_profile",
+    "verify_cache",
+]

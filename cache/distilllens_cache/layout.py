@@ -1,0 +1,57 @@
+"""What a cache's files are called, and which names are safe to open."""
+
+import re
+
+FORMAT_VERSION = 1
+"""Version of the format that this package writes and reads."""
+
+PLAN = "plan.json"
+INDEX = "index.arrow"
+TOKENIZER = "tokenizer"
+SHARDS = "shards"
+TAIL_SUMS = "tail_sums.arrow"
+MANIFEST = "manifest.json"
+
+MAX_SHARD_BYTES = 1 << 30
+"""Largest shard file, in bytes. A reader digests a whole shard before it parses it."""
+MAX_DECODED_BYTES = 4 << 30
+"""Most memory, in bytes, that one Arrow file of a cache may declare for its buffers."""
+MAX_JSON_BYTES = 256 << 20
+"""Largest plan or manifest, in bytes."""
+MAX_SIDECAR_BYTES = 1 << 20
+"""Largest sidecar, in bytes."""
+MAX_FILE_BYTES = 4 << 30
+"""Largest of the other files (index, tail sums, tokenizer), in bytes."""
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._+\-]*"
+SAFE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,3}}", re.ASCII)
+"""A relative path of plain parts: never absolute, no `.` or `..`, no backslash, nothing hidden."""
+
+OWN_FILE = re.compile(
+    rf"({re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TAIL_SUMS)}"
+    rf"|{SHARDS}/\d{{5,}}(\.arrow|\.tails\.arrow|\.json))(\.tmp-\d+)?",
+    re.ASCII,
+)
+"""Files outside the tokenizer's folder that only a writer of caches makes."""
+
+TEMPORARY = re.compile(r".*\.tmp-\d+", re.ASCII)
+
+
+def shard_name(number: int) -> str:
+    """File of the targets of shard ``number``."""
+    return f"{SHARDS}/{number:05d}.arrow"
+
+
+def tails_name(number: int) -> str:
+    """File of the tail sums of shard ``number``."""
+    return f"{SHARDS}/{number:05d}.tails.arrow"
+
+
+def sidecar_name(number: int) -> str:
+    """File that commits shard ``number``."""
+    return f"{SHARDS}/{number:05d}.json"
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether ``name`` may be opened below a cache's folder."""
+    return len(name) <= 240 and SAFE_NAME.fullmatch(name) is not None

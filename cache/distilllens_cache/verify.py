@@ -1,0 +1,222 @@
+"""Everything about a cache that can be checked without the teacher."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distilllens_cache import layout
+from distilllens_cache.canary import CanaryResult, canary
+from distilllens_cache.errors import CacheError
+from distilllens_cache.files import read_plain, read_recorded
+from distilllens_cache.manifest import FileRecord, LayerStats, Plan, Sidecar, from_bytes
+from distilllens_cache.reader import CacheReader
+from distilllens_cache.tail_sums import add_tails, decode_tails
+from distilllens_cache.targets import CachedExample
+
+CANARY_TARGETS = 200_000
+"""The canary reads about this many targets at most, from the first shards."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one file."""
+
+    file: str
+    """Its name in the cache."""
+    what: str
+
+
+@dataclass
+class VerifyReport:
+    """What a check of a cache found. Without problems the cache is sound."""
+
+    problems: list[Problem] = field(default_factory=list)
+    files: int = 0
+    """Files checked."""
+    num_bytes: int = 0
+    """Bytes checked."""
+    canary: CanaryResult | None = None
+    """None if no example could be read."""
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.problems
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with the file at hand, the bytes checked so far, and all bytes."""
+
+
+def verify_cache(folder: Path | str, progress: Progress | None = None) -> VerifyReport:
+    """Check every file of a cache: digests, schema, meaning, sums, canary. A bad cache never raises."""
+    return _Check(Path(folder), progress).run()
+
+
+class _Check:
+    def __init__(self, folder: Path, progress: Progress | None) -> None:
+        self.folder = folder
+        self.progress = progress
+        self.report = VerifyReport()
+        self.total = 0
+
+    def run(self) -> VerifyReport:
+        reader = None
+        with _Noted(self, layout.MANIFEST):
+            reader = CacheReader(self.folder)
+        if reader is None:
+            self._without_a_manifest()
+            return self.report
+        manifest = reader.manifest
+        self.total = manifest.total_bytes
+        self._count(layout.MANIFEST, (self.folder / layout.MANIFEST).stat().st_size)
+        self._count(layout.INDEX, manifest.index.size)
+        with _Noted(self, layout.PLAN):
+            self._check_plan(reader)
+        for record in manifest.tokenizer_files:
+            with _Noted(self, record.name):
+                read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+                self._count(record.name, record.size)
+        if not any(problem.file.startswith(layout.TOKENIZER) for problem in self.report.problems):
+            with _Noted(self, layout.TOKENIZER):
+                _ = reader.tokenizer_folder
+        with _Noted(self, layout.MANIFEST):
+            self.report.canary = canary(self._check_shards(reader), manifest.identity.num_layers)
+        if self.report.canary is not None:
+            if not self.report.canary.num:
+                self.report.canary = None
+            elif self.report.canary.verdict == "failed":
+                self._note(layout.MANIFEST, self.report.canary.sentence)
+        return self.report
+
+    def _check_plan(self, reader: CacheReader) -> None:
+        data = read_plain(self.folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
+        plan = from_bytes(Plan, data, name=layout.PLAN)
+        self._count(layout.PLAN, len(data))
+        manifest = reader.manifest
+        if hashlib.sha256(data).hexdigest() != manifest.plan_sha256:
+            raise CacheError("it is not the plan that the manifest was written for")
+        same = (
+            plan.identity,
+            plan.index,
+            plan.tokenizer_files,
+            [shard.stop - shard.first for shard in plan.shards],
+        )
+        if same != (
+            manifest.identity,
+            manifest.index,
+            manifest.tokenizer_files,
+            [shard.num_examples for shard in manifest.shards],
+        ):
+            raise CacheError("plan and manifest contradict each other")
+
+    def _check_shards(self, reader: CacheReader) -> Iterator[CachedExample]:
+        """Check all shards and their sums; give the examples that the canary wants on the way."""
+        manifest = reader.manifest
+        totals: dict[int, NDArray[np.int64]] = {}
+        stats: dict[int, LayerStats] = {}
+        wanted = CANARY_TARGETS
+        are_whole = True
+        for number, shard in enumerate(manifest.shards):
+            examples: list[CachedExample] = []
+            with _Noted(self, shard.name):
+                examples = reader.read_shard(number)
+                self._count(shard.name, shard.size)
+            with _Noted(self, layout.sidecar_name(number)) as sidecar_checked:
+                for layer, more in self._check_sidecar(reader, number, examples).layer_stats.items():
+                    stats[layer] = stats[layer] + more if layer in stats else more
+            are_whole &= not sidecar_checked.failed
+            if shard.tails is not None:
+                with _Noted(self, shard.tails.name) as tails_checked:
+                    add_tails(totals, self._tails(reader, shard.tails, shard.num_targets), name=shard.tails.name)
+                are_whole &= not tails_checked.failed
+            if wanted > 0:
+                yield from examples
+                wanted -= shard.num_targets
+        if manifest.tail_sums is not None:
+            with _Noted(self, layout.TAIL_SUMS):
+                sums = self._tails(reader, manifest.tail_sums, manifest.num_targets)
+                if are_whole and any(not np.array_equal(sums[layer], totals[layer]) for layer in sums):
+                    raise CacheError("it is not the sum of the shards' tail sums")
+        if are_whole and stats != manifest.layer_stats:
+            self._note(layout.MANIFEST, "its layer statistics are not the sums of those of the shards")
+
+    def _check_sidecar(self, reader: CacheReader, number: int, examples: list[CachedExample]) -> Sidecar:
+        name = layout.sidecar_name(number)
+        data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
+        sidecar = from_bytes(Sidecar, data, name=name)
+        self._count(name, len(data))
+        manifest = reader.manifest
+        if sidecar.plan_sha256 != manifest.plan_sha256 or sidecar.number != number:
+            raise CacheError("it belongs to another plan or shard")
+        if sidecar.shard != manifest.shards[number]:
+            raise CacheError("sidecar and manifest contradict each other")
+        for layer, stats in sidecar.layer_stats.items() if examples else ():
+            num_ids = sum(len(example.targets[layer].ids) for example in examples)
+            if (stats.num_targets, stats.num_ids) != (sidecar.shard.num_targets, num_ids):
+                raise CacheError(f"its statistics of layer {layer} are not those of the shard")
+        return sidecar
+
+    def _tails(self, reader: CacheReader, record: FileRecord, num_targets: int) -> dict[int, NDArray[np.int64]]:
+        data = read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+        tails = decode_tails(data, reader.manifest.identity, num_targets=num_targets, name=record.name)
+        self._count(record.name, record.size)
+        return tails
+
+    def _without_a_manifest(self) -> None:
+        """Check what else can be: the plan, and the files of the shards that were committed."""
+        if not (self.folder / layout.PLAN).is_file():
+            return
+        with _Noted(self, layout.PLAN):
+            data = read_plain(self.folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
+            plan = from_bytes(Plan, data, name=layout.PLAN)
+            self._count(layout.PLAN, len(data))
+            records = [plan.index, *plan.tokenizer_files]
+            for number in range(len(plan.shards)):
+                name = layout.sidecar_name(number)
+                if not (self.folder / name).is_file():
+                    continue
+                with _Noted(self, name):
+                    data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
+                    shard = from_bytes(Sidecar, data, name=name).shard
+                    self._count(name, len(data))
+                    records += [shard] if shard.tails is None else [shard, shard.tails]
+            for record in records:
+                with _Noted(self, record.name):
+                    read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+                    self._count(record.name, record.size)
+
+    def _count(self, name: str, num_bytes: int) -> None:
+        self.report.files += 1
+        self.report.num_bytes += num_bytes
+        if self.progress is not None:
+            self.progress(name, self.report.num_bytes, max(self.total, self.report.num_bytes))
+
+    def _note(self, name: str, what: str) -> None:
+        problem = Problem(name, what)
+        if problem not in self.report.problems:
+            self.report.problems.append(problem)
+
+
+class _Noted:
+    """Turns what goes wrong inside the block into a problem of the file at hand."""
+
+    def __init__(self, check: _Check, name: str) -> None:
+        self.check = check
+        self.name = name
+        self.failed = False
+
+    def __enter__(self) -> "_Noted":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, CacheError | OSError):
+            return False
+        self.failed = True
+        text = str(error)
+        is_index = text.startswith(layout.INDEX) and self.name == layout.MANIFEST
+        self.check._note(layout.INDEX if is_index else self.name, text)
+        return True
