@@ -1,0 +1,110 @@
+"""Two CPU ranks under DeepSpeed give the losses and weights of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distilllens.cache_teacher import run_cache_teacher
+from distilllens.config import CacheTeacherConfig, TrainConfig
+from distilllens.deepspeed_config import RunFacts, load_deepspeed_config
+from distilllens.metrics import read_metrics
+from distilllens.train import run_train
+
+SETTINGS = {"max_steps": 4, "logging_steps": 1, "learning_rate": 2e-3, "save_steps": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, tiny_model_folder, tiny_rows, write_jsonl) -> Path:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    rows = write_jsonl(folder / "rows.jsonl", tiny_rows)
+    teacher = tiny_model_folder("llama")
+    config = {"layers": "2", "top_k": "16", "max_length": 300, "device": "cpu", "limit": 12}
+    return run_cache_teacher(
+        CacheTeacherConfig(teacher=str(teacher), dataset=str(rows), output_dir=folder / "cache", **config)
+    )
+
+
+def launch(student: Path, cache: Path, run: Path, *, resume: bool = False) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    flags += ["--per-device-train-batch-size=2", "--gradient-accumulation-steps=2"]
+    flags += ["--resume-from-checkpoint"] if resume else []
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29571",
+    ]
+    command += [
+        "-m",
+        "distilllens",
+        "train",
+        f"--student={student}",
+        f"--cache={cache}",
+        f"--output-dir={run}",
+        *flags,
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_give_the_losses_and_weights_of_one_process_and_resume(cache, tiny_model_folder, tmp_path) -> None:
+    student = tiny_model_folder("llama", num_layers=3, seed=1)
+    config = {"student": str(student), "cache": cache, "per_device_train_batch_size": 8, **SETTINGS}
+    run_train(TrainConfig(output_dir=tmp_path / "one", **config))
+    launch(student, cache, tmp_path / "two")
+    wanted = [line["train/loss"] for line in read_metrics(tmp_path / "one")]
+    assert [line["train/loss"] for line in read_metrics(tmp_path / "two")] == pytest.approx(wanted, abs=1e-5)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
+    for file in (tmp_path / "two" / "checkpoint-4").rglob("*"):
+        file.unlink() if file.is_file() else None
+    launch(student, cache, tmp_path / "two", resume=True)
+    assert [line["train/loss"] for line in read_metrics(tmp_path / "two")] == pytest.approx(wanted, abs=1e-5)
+
+
+def deepspeed_file(tmp_path: Path, text: str) -> TrainConfig:
+    (tmp_path / "ds.json").write_text(text)
+    return TrainConfig(student="s", cache=tmp_path, output_dir=tmp_path, deepspeed=tmp_path / "ds.json", bf16=True)
+
+
+def test_every_auto_of_a_hugging_face_file_is_resolved(tmp_path) -> None:
+    config = deepspeed_file(
+        tmp_path,
+        '{"train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},'
+        ' "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"},'
+        ' "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}',
+    )
+    resolved = load_deepspeed_config(config, RunFacts(world_size=2, hidden_size=10))
+    assert resolved["train_batch_size"] == 16
+    assert resolved["bf16"] == {"enabled": True}
+    assert resolved["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 100,
+        "stage3_prefetch_bucket_size": 90,
+    }
+    assert "auto" not in str(resolved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"train_batch_size": 7}', "train_batch_size = 7, and the run says 16"),
+        ('{"bf16": {"enabled": false}}', "bf16.enabled = False, and the run says True"),
+        ('{"zero_optimization": {"stage": "auto"}}', "zero_optimization.stage has no meaning here"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_file_that_contradicts_the_run_is_refused_with_both_values(tmp_path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_deepspeed_config(deepspeed_file(tmp_path, text), RunFacts(world_size=2, hidden_size=10))

@@ -1,0 +1,322 @@
+"""Training from a cache on tiny models: the same numbers as with the teacher in memory, exactly resumable."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import distilllens.train as train_module
+from distilllens.cache_teacher import run_cache_teacher
+from distilllens.config import CacheTeacherConfig, TrainConfig
+from distilllens.divergence import jensen_shannon
+from distilllens.metrics import read_metrics
+from distilllens.schedule import learning_rate
+from distilllens.train import run_train
+from distilllens_cache import CacheError, CacheReader
+
+CACHE = {"layers": "2", "top_k": "16", "max_length": 300, "examples_per_shard": 5, "device": "cpu"}
+TRAIN = {
+    "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 2e-3, "save_steps": 3,
+    "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, tiny_rows, write_jsonl) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny_rows)
+
+
+@pytest.fixture(scope="module")
+def make_cache(tmp_path_factory, tiny_model_folder, rows):
+    """``make_cache(teacher_settings, **cache_settings)``; equal arguments give one cache."""
+    made: dict[str, Path] = {}
+
+    def make(teacher: dict | None = None, **settings: object) -> Path:
+        key = json.dumps([teacher, settings], sort_keys=True)
+        if key not in made:
+            source = tiny_model_folder(**(teacher or {"architecture": "llama"}))
+            folder = tmp_path_factory.mktemp("caches") / "cache"
+            config = {"teacher": str(source), "dataset": str(rows), "output_dir": folder, **CACHE, **settings}
+            made[key] = run_cache_teacher(CacheTeacherConfig(**config))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def student(tiny_model_folder) -> Path:
+    return tiny_model_folder("llama", num_layers=3, seed=1)
+
+
+def train(student: Path, cache: Path, folder: Path, **settings: object) -> list[dict[str, float]]:
+    run_train(TrainConfig(student=str(student), cache=cache, output_dir=folder, **{**TRAIN, **settings}))
+    return read_metrics(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_student_learns_and_loads_with_plain_transformers(student, make_cache, tmp_path) -> None:
+    lines = train(student, make_cache(), tmp_path / "run", max_steps=30, eval_cache=make_cache(), save_steps=100)
+    first, last = lines[0], lines[-2]
+    assert [line["step"] for line in lines] == [*range(1, 31), 30]
+    assert last["train/loss"] < 0.5 * first["train/loss"]
+    assert first["train/loss"] == pytest.approx(first["train/task"] + first["train/lens/2:2"], rel=1e-5)
+    assert lines[-1]["eval/kl"] < first["train/task"]
+    before, after = weights(student), weights(tmp_path / "run")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("lens_norm", ["final", "none"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_a_teacher_trained_as_its_own_student_has_no_loss(
+    make_cache, tiny_model_folder, tmp_path, architecture: str, tied: bool, lens_norm: str
+) -> None:
+    teacher = {"architecture": architecture, "tied": tied}
+    cache = make_cache(teacher, layers="1,2,3", top_k="320", codec="arrow-fp32", lens_norm=lens_norm)
+    # An untrained teacher with tied embeddings echoes its input, which the canary takes for a shift.
+    settings = {"max_steps": 1, "pairs": "1:1,2:2,3:3", "allow_mismatch": "alignment" if tied else None}
+    lines = train(tiny_model_folder(**teacher), cache, tmp_path / "run", **settings)
+    assert abs(lines[0]["train/loss"]) < 1e-5
+    assert abs(lines[0]["train/lens"]) < 1e-6
+
+
+def test_training_from_a_lossless_cache_gives_the_curve_of_the_teacher_in_memory(
+    student, make_cache, tiny_model_folder, tmp_path
+) -> None:
+    """The live loop is written anew here, dense and without anything of ours but the order of the examples."""
+    steps, cache = 20, make_cache(top_k="320", codec="arrow-fp32")
+    settings = {"task": "rkl", "kd_ratio": 0.8, "lens_weight": 0.5, "max_steps": steps, "save_steps": 100}
+    for tail in ("bucket", "profile"):
+        cached = train(student, cache, tmp_path / tail, tail=tail, gradient_accumulation_steps=2, **settings)
+        live = live_curve(student, tiny_model_folder("llama"), cache, steps, tmp_path / tail)
+        assert [line["train/loss"] for line in cached] == pytest.approx(live, abs=1e-5)
+
+
+def live_curve(student: Path, teacher: Path, cache: Path, steps: int, run: Path) -> list[float]:
+    from distilllens.batches import Steps
+
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (student, teacher))
+    reader = CacheReader(cache)
+    order = Steps(reader, TrainConfig(student="", cache=cache, output_dir=run).seed, 8, 1)
+    config = TrainConfig(student="", cache=cache, output_dir=run, **TRAIN)
+    decayed = [p for p in mine.parameters() if p.ndim > 1]
+    others = [p for p in mine.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer, losses = torch.optim.AdamW(groups), []
+    for step in range(steps):
+        total, count = torch.zeros(()), 0
+        for index in order.indices(step):
+            example = reader[index]
+            ids = torch.tensor(example.token_ids.astype("int64"))[None]
+            where = torch.tensor(example.target_positions.astype("int64"))
+            p, q = theirs(ids, output_hidden_states=True), mine(ids, output_hidden_states=True)
+            log_p, log_q = (out.logits[0, where].log_softmax(-1) for out in (p, q))
+            lens_p, lens_q = (
+                model.lm_head(model.model.norm(out.hidden_states[2]))[0, where].log_softmax(-1)
+                for model, out in ((theirs, p), (mine, q))
+            )
+            ce = -log_q.gather(-1, ids[0, where + 1][:, None]).sum()
+            rkl = (log_q.exp() * (log_q - log_p.detach())).sum()
+            jsd = jensen_shannon(lens_p.detach(), lens_q).sum()
+            total, count = total + 0.2 * ce + 0.8 * (rkl + 0.5 * jsd), count + len(where)
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(mine.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps=steps, config=config)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def without_clock(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in ("train/tokens_per_s", "train/data_wait")} for line in lines]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_run_stopped_anywhere_resumes_to_the_same_losses_and_weights(
+    make_cache, tiny_model_folder, tmp_path, monkeypatch, architecture: str
+) -> None:
+    """GPT-2 has dropout here, whose masks must not depend on where a run stopped."""
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1} if architecture == "gpt2" else {}
+    student = tiny_model_folder(architecture, num_layers=3, seed=1, **dropout)
+    whole = train(student, make_cache(), tmp_path / "whole")
+    update, calls = train_module.Engine.any, []
+
+    def ask_at(number: int):
+        def asked(self, claim: bool) -> bool:
+            calls.append(1)
+            return len(calls) == number
+
+        return asked
+
+    for number in (2, 2):
+        calls.clear()
+        monkeypatch.setattr(train_module.Engine, "any", ask_at(number))
+        with pytest.raises(KeyboardInterrupt):
+            train(student, make_cache(), tmp_path / "stopped", resume_from_checkpoint="latest")
+    monkeypatch.setattr(train_module.Engine, "any", update)
+    resumed = train(student, make_cache(), tmp_path / "stopped", resume_from_checkpoint="latest")
+    assert without_clock(resumed) == without_clock(whole)
+    mine, theirs = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(student, make_cache, tmp_path) -> None:
+    whole = train(student, make_cache(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    (tmp_path / "run" / "checkpoint-5").mkdir()  # without its state: half a checkpoint
+    (tmp_path / "run" / "checkpoint-4.tmp").mkdir()
+    resumed = train(student, make_cache(), tmp_path / "run", resume_from_checkpoint="latest")
+    assert without_clock(resumed) == without_clock(whole)
+
+
+def test_resuming_with_another_cache_or_loss_is_refused_by_field(student, make_cache, tmp_path) -> None:
+    train(student, make_cache(), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"  lens_weight: the checkpoint has 1\.0, this run has 0\.5"):
+        train(student, make_cache(), tmp_path / "run", resume_from_checkpoint="latest", lens_weight=0.5)
+    with pytest.raises(ValueError, match="  cache: "):
+        train(student, make_cache(top_k="8"), tmp_path / "run", resume_from_checkpoint="latest")
+
+
+def test_a_run_is_not_overwritten_by_accident(student, make_cache, tmp_path) -> None:
+    train(student, make_cache(), tmp_path / "run", max_steps=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="--resume-from-checkpoint continues it, --overwrite begins anew"):
+        train(student, make_cache(), tmp_path / "run", max_steps=1)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not a run"):
+        train(student, make_cache(), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_old_checkpoints_go_and_the_newest_stay(student, make_cache, tmp_path) -> None:
+    train(student, make_cache(), tmp_path / "run", save_steps=1, save_total_limit=2)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-5",
+        "checkpoint-6",
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    student, make_cache, tmp_path, monkeypatch
+) -> None:
+    good, calls = train_module.start_engine, []
+
+    def poisoned(*arguments, **settings):
+        engine = good(*arguments, **settings)
+        run = engine.forward
+
+        def with_nan(batch, **options):
+            calls.append(1)
+            losses = run(batch, **options)
+            return {**losses, "total": losses["total"] * float("nan")} if len(calls) == 5 else losses
+
+        engine.forward = with_nan
+        return engine
+
+    monkeypatch.setattr(train_module, "start_engine", poisoned)
+    with pytest.raises(ValueError, match=r"the loss of step 5 is nan.*Examples of the batch: "):
+        train(student, make_cache(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run" / "checkpoint-3").values())
+
+
+def test_the_teachers_files_are_not_needed(student, tiny_model, tiny_tokenizer, rows, tmp_path, monkeypatch) -> None:
+    teacher = tmp_path / "teacher"
+    tiny_model("llama", seed=3).save_pretrained(teacher)
+    tiny_tokenizer.save_pretrained(teacher)
+    config = {"teacher": str(teacher), "dataset": str(rows), "output_dir": tmp_path / "cache", **CACHE}
+    cache = run_cache_teacher(CacheTeacherConfig(**config))
+    shutil.rmtree(teacher)
+    moved = cache.rename(tmp_path / "elsewhere")
+    assert train(student, moved, tmp_path / "run", max_steps=2)
+
+
+def test_fine_tuning_needs_no_cache(student, rows, make_cache, tmp_path) -> None:
+    config = TrainConfig(
+        student=str(student), method="sft", dataset=str(rows), output_dir=tmp_path / "run", eval_cache=make_cache(),
+        max_length=300, **{**TRAIN, "max_steps": 20, "save_steps": 100},
+    )  # fmt: skip
+    run_train(config)
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-2]["train/loss"] == pytest.approx(lines[-2]["train/ce"])
+    assert lines[-2]["train/loss"] < lines[0]["train/loss"]
+    assert "eval/kl" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"loss_chunk_rows": 3},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    ],
+)
+def test_saving_memory_changes_no_number(student, make_cache, tmp_path, settings) -> None:
+    plain = train(student, make_cache(), tmp_path / "plain", max_steps=3)
+    lean = train(student, make_cache(), tmp_path / "lean", max_steps=3, **settings)
+    assert [line["train/loss"] for line in lean] == pytest.approx([line["train/loss"] for line in plain], abs=1e-5)
+
+
+def test_bfloat16_follows_float32(student, make_cache, tmp_path) -> None:
+    plain = train(student, make_cache(), tmp_path / "plain")
+    half = train(student, make_cache(), tmp_path / "half", bf16=True)
+    assert [line["train/loss"] for line in half] == pytest.approx([line["train/loss"] for line in plain], rel=0.1)
+    assert weights(tmp_path / "half")["lm_head.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pairs": "9:2"}, "the student has lens layers 1 to 2"),
+        ({"pairs": "1:3"}, "no lens targets of teacher layer 3"),
+        ({"cache": Path("absent")}, "absent"),
+        ({"student": "nowhere/at-all"}, "nowhere/at-all"),
+        ({"resume_from_checkpoint": "absent"}, "not a complete checkpoint"),
+    ],
+)
+def test_bad_input_gets_a_sentence_before_anything_is_written(student, make_cache, tmp_path, settings, message) -> None:
+    config = {"student": str(student), "cache": make_cache(), **TRAIN, **settings}
+    with pytest.raises(ValueError, match=message):
+        run_train(TrainConfig(output_dir=tmp_path / "run", **config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_with_another_tokenizer_is_refused(
+    tiny_model_folder, tiny_chat_tokenizer, make_cache, tmp_path
+) -> None:
+    other = tiny_model_folder("llama", tokenizer=tiny_chat_tokenizer, num_layers=3)
+    with pytest.raises(CacheError, match="tokenizer_digest"):
+        train(other, make_cache(), tmp_path / "run")
+    lines = train(other, make_cache(), tmp_path / "run", allow_mismatch="tokenizer_digest", max_steps=1)
+    state = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert lines
+    assert any("tokenizer_digest" in text for text in state["identity"]["mismatches"])
+
+
+def test_a_profile_that_the_cache_does_not_hold_is_refused(student, make_cache, tmp_path) -> None:
+    cache = make_cache(store_tail="none")
+    with pytest.raises(ValueError, match="use --tail bucket"):
+        train(student, cache, tmp_path / "run", tail="profile")
+    assert train(student, cache, tmp_path / "run", max_steps=1)
+
+
+def test_a_flipped_bit_in_a_shard_stops_the_run_with_the_files_name(student, make_cache, tmp_path) -> None:
+    copy = shutil.copytree(make_cache(), tmp_path / "cache")
+    shard = copy / "shards" / "00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(CacheError, match=r"00000\.arrow"):
+        train(student, copy, tmp_path / "run")
