@@ -1,0 +1,169 @@
+"""One self-contained HTML page about a cache: its numbers, and heat maps of what the teacher says."""
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from distilllens_cache import CacheReader
+from distilllens_inspect.colours import DARK, LIGHT, Step, step_labels
+from distilllens_inspect.console import bytes_text
+from distilllens_inspect.heat_map import HeatMap, make_heat_map
+from distilllens_inspect.summary import Summary, identity_rows, summarize, warnings_of
+from distilllens_inspect.text import TokenText, one_line
+
+MEASURES = ("Bytes per target", "Kept mass", "Ids kept", "Entropy, nats")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number with a bar beside it."""
+
+    text: str
+    length: str
+    """Percent of the full length."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's bars, in the order of ``MEASURES``."""
+
+    name: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class ByteRow:
+    """One part of the cache with its share of the bytes."""
+
+    name: str
+    text: str
+    length: str
+
+
+def write_report(reader: CacheReader, output: Path, *, examples: Sequence[int], max_positions: int) -> int:
+    """Write the page and give its size in bytes. The same cache and choices give the same bytes."""
+    check_output(output)
+    token_text = TokenText.of_folder(reader.tokenizer_folder)
+    maps = [make_heat_map(reader[number], token_text, max_positions=max_positions) for number in examples]
+    page = render(summarize(reader), maps).encode("utf-8")
+    _write_whole(output, page)
+    return len(page)
+
+
+def render(summary: Summary, maps: Sequence[HeatMap]) -> str:
+    """The page as text. Everything from the cache is escaped; the only script is ours, named by its hash."""
+    style = _own_file("report.css") + _step_styles()
+    script = _own_file("report.js")
+    environment = Environment(
+        loader=PackageLoader("distilllens_inspect", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        teacher=one_line(summary.identity["teacher"]),
+        facts=_facts(summary),
+        warnings=warnings_of(summary),
+        identity=[(name, one_line(value)) for name, value in identity_rows(summary)],
+        measures=MEASURES,
+        layer_rows=_layer_rows(summary),
+        byte_rows=_byte_rows(summary),
+        total_bytes=bytes_text(summary.total_bytes),
+        step_labels=step_labels(),
+        maps=maps,
+        style=Markup(style),
+        style_hash=_csp_hash(style),
+        script=Markup(script),
+        script_hash=_csp_hash(script),
+    )
+
+
+def check_output(output: Path) -> None:
+    """A ValueError when there can be no file at ``output``, before any work is done."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; --output names a file, such as {output}/report.html.")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output} is no ordinary file; --output names one, such as report.html.")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output} cannot be written: {output.parent} is no folder. Make it first.")
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
+    return [
+        ("examples", f"{summary.num_examples:,}"),
+        ("tokens", f"{summary.num_tokens:,}"),
+        (f"targets, {summary.target_share:.0%} of tokens", f"{summary.num_targets:,}"),
+        ("size", bytes_text(summary.total_bytes)),
+        ("bytes per target and layer", f"{summary.bytes_per_target_and_layer:.1f}"),
+    ]
+
+
+def _layer_rows(summary: Summary) -> list[LayerRow]:
+    """The last layer on top, as in the heat maps."""
+
+    def bar(value: float, text: str, full: float) -> Bar:
+        return Bar(text=text, length=_percent(value, full))
+
+    layers = summary.layers
+    most_bytes = max(layer.bytes_per_target for layer in layers)
+    most_ids = max(layer.top_k for layer in layers)
+    most_entropy = max(layer.mean_entropy for layer in layers)
+    return [
+        LayerRow(
+            name=str(layer.layer),
+            bars=(
+                bar(layer.bytes_per_target, f"{layer.bytes_per_target:.1f}", most_bytes),
+                bar(layer.mean_kept_mass, f"{layer.mean_kept_mass:.4f}", 1.0),
+                bar(layer.mean_num_ids, f"{layer.mean_num_ids:.1f}", most_ids),
+                bar(layer.mean_entropy, f"{layer.mean_entropy:.3f}", most_entropy),
+            ),
+        )
+        for layer in reversed(layers)
+    ]
+
+
+def _byte_rows(summary: Summary) -> list[ByteRow]:
+    return [
+        ByteRow(name=name, text=bytes_text(size), length=_percent(size, summary.total_bytes))
+        for name, size in summary.bytes_of.items()
+    ]
+
+
+def _percent(value: float, full: float) -> str:
+    return f"{100 * value / full:.1f}" if full > 0 else "0"
+
+
+def _step_styles() -> str:
+    def rules(steps: Sequence[Step]) -> str:
+        return "".join(f".s{n}{{background:{s.background};color:{s.text}}}" for n, s in enumerate(steps))
+
+    return f"{rules(LIGHT)}\n@media (prefers-color-scheme: dark){{{rules(DARK)}}}\n"
+
+
+def _own_file(name: str) -> str:
+    return files("distilllens_inspect").joinpath(name).read_text(encoding="utf-8")
+
+
+def _csp_hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")
+
+
+def _write_whole(output: Path, content: bytes) -> None:
+    """Replace ``output`` in one step, so that a stopped run leaves the old page or the new one."""
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"{output} cannot be written: {error.strerror}. Choose another file with --output, or make room."
+        ) from error
