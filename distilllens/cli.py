@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from inspect import cleandoc
 from typing import Any
 
 import click
@@ -139,6 +140,18 @@ def env(as_json: bool) -> None:
 
 
 cli.add_command(inspect)
+
+
+def _examples_last(command: click.Command) -> None:
+    """Move the examples of a command's help, and of its subcommands', below its options."""
+    text, mark, examples = cleandoc(command.help or "").partition("\b\nExamples:")
+    if mark:
+        command.help, command.epilog = text.rstrip(), mark + examples
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        _examples_last(inner)
+
+
+_examples_last(cli)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -80,7 +80,8 @@ def demo_stages(config: DemoConfig, teacher: str, *, train_rows: Path, valid_row
     folder = config.output_dir
     cache, valid_cache, student, run = (folder / name for name in ("cache", "valid-cache", "student", "run"))
     lengths = {"max_length": 256, "max_prompt_length": 128}
-    teacher_pass = {"teacher": teacher, "layers": config.layers, **lengths}
+    # Small shards: what a stopped pass has to repeat is one shard.
+    teacher_pass = {"teacher": teacher, "layers": config.layers, "examples_per_shard": 32, **lengths}
     return [
         Stage(
             "cache",

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from distilllens.config import AnyConfig, load_config
+from distilllens.config import AnyConfig, RunConfig, load_config
 
 
 def run_options(
@@ -25,12 +25,18 @@ def run_options(
             return command(load_config(model, file=config_path, flags=flags))
 
         flagged: Callable[..., Any] = with_config
-        for name, field in reversed(model.model_fields.items()):
+        for name, field in reversed(_own_first(model)):
             flagged = _option(name, field, names.get(name, f"--{name.replace('_', '-')}"))(flagged)
         path, text = click.Path(path_type=Path), "YAML file with these keys; flags win."
         return click.option(config_flag, "config_path", type=path, metavar="FILE", help=text)(flagged)
 
     return decorate
+
+
+def _own_first(model: type[RunConfig]) -> list[tuple[str, FieldInfo]]:
+    """Fields as help shows them: required ones, then the command's own, then those it shares with others."""
+    fields = model.model_fields.items()
+    return sorted(fields, key=lambda item: (not item[1].is_required(), item[0] not in model.__annotations__))
 
 
 def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,7 +64,7 @@ def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., A
         name,
         type=types_by_kind.get(kind, str),
         default=None,
-        metavar=metavars.get(kind, name.upper()),
+        metavar=metavars.get(kind, name.upper().rpartition("_")[-1]),
         help=help_text,
     )
 

@@ -62,11 +62,12 @@ class EvaluationFolder:
         if overwrite:
             for name in OUR_FILES:
                 (folder / name).unlink(missing_ok=True)
-        elif (folder / SETTINGS).is_file():
+        if any((folder / name).is_file() for name in (PREDICTIONS, RESULTS)):
             self._compare()
+            return
+        # A run that was refused before its first batch left nothing that other settings could spoil.
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / SETTINGS).is_file():
-            write_json(folder / SETTINGS, {"settings": settings, "settings_digest": self.digest})
+        write_json(folder / SETTINGS, {"settings": settings, "settings_digest": self.digest})
 
     def results(self) -> str | None:
         """Content of results.json where the evaluation is finished."""

@@ -9,25 +9,26 @@ CPU_INDEX="https://download.pytorch.org/whl/cpu"
 say() { printf '%s\n' "$*" >&2; }
 die() { say "Error: $*"; exit 1; }
 
-# Prints the first interpreter that is new enough and can make virtual environments.
+# Prints the interpreter to make .venv with: PYTHON where that is set, else the first that is new enough.
 find_python() {
-    local candidate version seen="" no_venv=""
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.11 python3.12 python3.13 python3.14; do
+    local candidate version too_old="" no_venv=""
+    set -- python3 python python3.11 python3.12 python3.13 python3.14
+    if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; fi
+    for candidate in "$@"; do
         version="$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-            if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
-                printf '%s\n' "$candidate"
-                return
-            fi
+        if ! "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            too_old="$too_old $candidate is $version,"
+        elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             no_venv="$candidate"
+        else
+            printf '%s\n' "$candidate"
+            return
         fi
-        [ -n "${PYTHON:-}" ] && [ "$candidate" = "$PYTHON" ] &&
-            die "PYTHON=$PYTHON is Python $version${no_venv:+ without the modules venv and ensurepip}; Python 3.11 or newer with both is needed."
-        seen="$seen $candidate=$version"
     done
     [ -n "$no_venv" ] &&
         die "$no_venv cannot make virtual environments (no ensurepip). On Debian and Ubuntu: apt install python3-venv; then run this again."
-    die "Python 3.11 or newer is needed; found:${seen:- none}. Install one, or run again with PYTHON=/path/to/python3.11."
+    [ -n "${PYTHON:-}" ] && [ -z "$too_old" ] && die "PYTHON=$PYTHON cannot be run: give the path of a Python 3.11 or newer."
+    die "Python 3.11 or newer is needed;${too_old:- none was found,} so install one, or run again with PYTHON=/path/to/python3.11."
 }
 
 # Makes .venv if it is not there, and mends one whose making was interrupted.

@@ -39,10 +39,10 @@ def test_the_whole_way_in_four_commands(folder: Path) -> None:
     checked = distilllens("inspect", "verify", "cache", cwd=folder)
     assert checked.returncode == 0, checked.stderr
     scored = distilllens(
-        "evaluate", "--model", "student,run", "--cache", "cache", "--device", "cpu", "--output-dir", "results", cwd=folder
+        "evaluate", "--model", "student,run", "--cache", "cache", "--device", "cpu", "--output-dir", "out", cwd=folder
     )
     assert scored.returncode == 0, scored.stderr
-    assert (folder / "results" / "results.json").is_file()
+    assert (folder / "out" / "results.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,26 @@ def with_nulls(batch: pa.RecordBatch) -> bytes:
     return bytes(to_arrow(pa.RecordBatch.from_arrays([index, *batch.columns[1:]], schema=batch.schema)))
 
 
+def with_nulls_in_a_list(batch: pa.RecordBatch) -> bytes:
+    field, old = batch.schema.field("layer_4_ids"), batch.column("layer_4_ids")
+    values = pa.array([None, *old.values.to_pylist()[1:]], pa.uint32())
+    new = pa.ListArray.from_arrays(old.offsets, values, type=field.type)
+    return bytes(to_arrow(batch.set_column(batch.schema.get_field_index("layer_4_ids"), field, new)))
+
+
+def with_values_in_no_list(batch: pa.RecordBatch) -> bytes:
+    """By hand, in the bytes of a file without compression: pyarrow would not write such a list."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = sink.getvalue().to_pybytes()
+    offsets = batch.column("layer_4_ids").offsets.to_numpy()
+    shorter = offsets.copy()
+    shorter[-1] -= 1
+    assert data.count(offsets.tobytes()) == 2  # ids and log-probabilities
+    return data.replace(offsets.tobytes(), shorter.tobytes())
+
+
 def with_two_batches(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -203,6 +223,7 @@ def as_a_pickle(batch: pa.RecordBatch) -> bytes:
         *(without_a_column, with_another_column, with_metadata, with_a_wider_type, with_nulls),
         *(with_two_batches, with_no_batch, with_a_row_less, as_a_stream, as_parquet),
         *(as_nothing, as_zeros, as_a_pickle),
+        *(with_nulls_in_a_list, with_values_in_no_list),
     ],
 )
 def test_a_shard_of_another_shape_is_refused(folder: Path, make: Callable[[pa.RecordBatch], bytes]) -> None:

@@ -154,7 +154,7 @@ def test_the_summary_for_people_names_the_identity_and_warns_of_rows_that_teach_
 
 def test_what_is_learned_stands_between_marks_where_there_is_no_colour(cache: Path) -> None:
     text = said(run("show", cache, "--example", "0"))
-    assert "the·cat·sat[[·on]][[the]]·mat[[.]]" in text.replace("]][[", "]][[") or "[[·onthe]]·mat[[.]]" in text
+    assert "the·cat·sat[[·onthe]]·mat[[.]]" in text
     assert "\x1b" not in text
     assert "7 tokens, 3 supervised (42.9%)" in text
 

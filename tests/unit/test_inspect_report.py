@@ -136,10 +136,13 @@ def test_the_page_has_one_cell_per_layer_and_target_with_the_last_layer_on_top()
     assert shape == [[4, 4]]
 
 
-def test_columns_are_headed_by_the_true_next_token() -> None:
-    row = example()
-    heads = [column.next_token for column in heat_map(PLAIN).columns]
-    assert heads == [PLAIN[row.token_ids[position + 1]] for position in (2, 3, 4, 5)]
+def test_columns_are_headed_by_the_true_next_token_and_its_position() -> None:
+    row, page = example(), Page(render(summary(), [heat_map(PLAIN)]))
+    heads = [attributes for _, attributes in page.elements if "data-next" in attributes]
+    positions = [2, 3, 4, 5]
+    assert [head["data-position"] for head in heads] == [str(position) for position in positions]
+    assert [head["data-next"] for head in heads] == [PLAIN[row.token_ids[position + 1]] for position in positions]
+    assert [head["data-token"] for head in heads] == [PLAIN[row.token_ids[position]] for position in positions]
 
 
 def test_a_cell_has_the_colour_of_the_true_next_token_and_is_hatched_where_that_was_not_kept() -> None:
@@ -175,7 +178,7 @@ def test_the_numbers_behind_a_cell_are_those_of_the_cache() -> None:
             assert entry["next"] == pytest.approx(bound, rel=6e-3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from(HOSTILE) | st.text(max_size=20), min_size=9, max_size=9, unique=True), st.text())
 def test_no_token_and_no_name_can_become_markup_or_script(pieces: list[str], name: str) -> None:
     map_ = heat_map(pieces, id=name)

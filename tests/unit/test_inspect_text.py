@@ -83,8 +83,12 @@ def test_a_shown_token_is_one_line_without_blanks_or_control_characters(raw: byt
     assert " " not in shown
 
 
+TRICKY = st.text("\\nx ·\u0085", min_size=1).map(str.encode)
+
+
 @settings(deadline=None)
-@given(st.lists(st.binary(min_size=1, max_size=4) | st.text("\\nx ·\u0085", min_size=1).map(str.encode), unique=True))
+@given(st.lists(st.binary(min_size=1, max_size=4) | TRICKY, unique=True))
+@example([b"\x85", "\u0085".encode(), b"\\x85", b" ", "·".encode()])
 def test_different_tokens_are_shown_differently(tokens: list[bytes]) -> None:
     shown = [escape_token(token) for token in tokens]
     shown = [text for text in shown if not text.startswith("◌")]  # set before a leading accent

@@ -275,6 +275,16 @@ def test_the_weights_digest_ignores_where_they_lie_and_what_lies_beside(folder, 
     assert weights_digest(folder) == weights_digest(tiny_model_folder("llama"))
 
 
+def test_a_folder_of_pickled_weights_is_loaded_and_digested_without_its_neighbours(folder):
+    expected = logits(load_model(folder))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    before = weights_digest(folder)
+    (folder / "training_args.bin").write_bytes(b"arguments")
+    assert weights_digest(folder) == before
+    assert torch.equal(logits(load_model(folder)), expected)
+
+
 def test_an_adapters_digest_covers_its_settings_its_weights_and_its_base(folder, tmp_path):
     adapter = write_adapter(folder, tmp_path / "one")
     moved = shutil.copytree(folder, tmp_path / "moved base")

@@ -283,6 +283,16 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(teacher, tmp_pa
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
+def test_overwrite_never_takes_anything_but_the_model_along(teacher, tmp_path):
+    made = make(from_model=str(teacher), layers=2, output_dir=tmp_path / "student")
+    (made.folder / "notes.txt").write_text("mine")
+    (made.folder / "checkpoint-8").mkdir()
+    before = {path.name for path in made.folder.iterdir()}
+    with pytest.raises(ValueError, match=r"holds more than a model \(checkpoint-8, notes.txt\)"):
+        make(from_model=str(teacher), layers=3, output_dir=made.folder, overwrite=True)
+    assert {path.name for path in made.folder.iterdir()} == before
+
+
 def test_an_empty_folder_is_taken(teacher, tmp_path):
     (tmp_path / "student").mkdir()
     assert make(from_model=str(teacher), layers=2, output_dir=tmp_path / "student").num_layers == 2
@@ -320,6 +330,22 @@ def test_a_stopped_command_leaves_the_old_student_and_nothing_else(stopped, teac
         make(from_model=str(teacher), layers=3, output_dir=tmp_path / "student", overwrite=True)
     with pytest.raises(type(stopped)):
         make(from_model=str(teacher), layers=3, output_dir=tmp_path / "another")
+    assert contents(tmp_path / "student") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_student_that_cannot_be_moved_to_its_place_leaves_the_old_one_there(teacher, tmp_path, monkeypatch):
+    make(from_model=str(teacher), layers=2, output_dir=tmp_path / "student")
+    before, rename = contents(tmp_path / "student"), Path.rename
+
+    def refuse_the_new_one(self: Path, target: Path) -> Path:
+        if (self / "config.json").is_file() and not target.name.endswith("-replaced") and "replaced" not in self.name:
+            raise OSError(30, "Read-only file system")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match="Read-only"):
+        make(from_model=str(teacher), layers=3, output_dir=tmp_path / "student", overwrite=True)
     assert contents(tmp_path / "student") == before
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 

@@ -58,6 +58,14 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+def test_a_run_refused_before_its_first_batch_does_not_bind_the_next_one_to_its_settings(tmp_path):
+    EvaluationFolder(tmp_path / "out", SETTINGS, overwrite=False)
+    output = EvaluationFolder(tmp_path / "out", SETTINGS | {"max_new_tokens": 5}, overwrite=False)
+    output.append(predictions(BATCHES[0]))
+    with pytest.raises(ValueError, match="max_new_tokens: there 5, now 4"):
+        EvaluationFolder(tmp_path / "out", SETTINGS, overwrite=False)
+
+
 def test_overwrite_begins_anew(tmp_path):
     fill(tmp_path / "out", 2)
     output = EvaluationFolder(tmp_path / "out", SETTINGS | {"max_new_tokens": 5}, overwrite=True)

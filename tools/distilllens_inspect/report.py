@@ -5,10 +5,11 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from distilllens_cache import CacheReader
@@ -61,10 +62,7 @@ def render(summary: Summary, maps: Sequence[HeatMap]) -> str:
     """The page as text. Everything from the cache is escaped; the only script is ours, named by its hash."""
     style = _own_file("report.css") + _step_styles()
     script = _own_file("report.js")
-    environment = Environment(
-        loader=PackageLoader("distilllens_inspect", "."), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         summary=summary,
         teacher=one_line(summary.identity["teacher"]),
         facts=_facts(summary),
@@ -81,6 +79,13 @@ def render(summary: Summary, maps: Sequence[HeatMap]) -> str:
         script=Markup(script),
         script_hash=_csp_hash(script),
     )
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("distilllens_inspect", ".")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.j2")
 
 
 def check_output(output: Path) -> None:
