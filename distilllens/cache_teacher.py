@@ -95,7 +95,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     lens = LogitLens(model, lens_norm=config.lens_norm, vocab_size=vocab_size)
     check_lens(model, lens)
     save_tokenizer(tokenizer, tokenizer_files)
-    (tokenizer_files / "template.jinja").write_text(template.source, encoding="utf-8")
+    (tokenizer_files / "template.txt").write_text(template.source, encoding="utf-8")
     identity = Identity(
         format_version=FORMAT_VERSION,
         teacher=Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +26,7 @@ DIGITS_ALONE = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshe
 """Values of `tokenizer.ggml.pre` whose models see every digit alone and the rest as GPT-2 does (llama.cpp).
 
 transformers splits them as GPT-2 only, which changes the ids wherever blanks or line breaks stand before a
-digit: every numbered list, for one.
+digit: a numbered list after an empty line, for one.
 """
 
 AS_GPT2 = frozenset(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"))
@@ -69,11 +70,14 @@ def load_gguf_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model of a GGUF file as an ordinary one in ``dtype``, and what transformers says of its loading."""
     read_gguf_header(path)
+    # Versions that know GgufConfig leave weights packed where a kernel for that is installed; older ones never do.
+    known = hasattr(transformers, "GgufConfig")
+    unpack: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
     with quiet_libraries():
         packed, info = cast(
             tuple[PreTrainedModel, dict[str, Any]],
             AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True
+                str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True, **unpack
             ),
         )
         config = copy.deepcopy(packed.config)

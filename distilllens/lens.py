@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from distilllens.fused import Head
+
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_out")
 """What the decoders of transformers call the norm before the head."""
 
@@ -77,6 +79,20 @@ class LogitLens(nn.Module):
             logits = _in_full_precision(head, normed)[:, : self.vocab_size]
         logits = logits * self._scale if self._scale != 1.0 else logits
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+
+    def plain_head(self) -> Head | None:
+        """The head as a matrix with a bias, scale and soft-cap; None where it is more than that.
+
+        Adapters on the head and ZeRO-3's sharded weights work only through the module.
+        """
+        _, head = self._modules_of_model
+        if type(head) is not nn.Linear or hasattr(head.weight, "ds_id"):
+            return None
+        is_whole = head.weight.shape[0] == self.vocab_size
+        weight, bias = head.weight, head.bias
+        if not is_whole:
+            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        return Head(weight, bias, self._scale, self._softcap)
 
     def logits(self, hidden: Float[Tensor, "N D"], layer: int) -> Float[Tensor, "N V"]:
         """Logits over the effective vocabulary of states that left block ``layer``."""

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from distilllens.batches import Batch
 from distilllens.chunked import sum_over_chunks
 from distilllens.divergence import cross_entropy, sparse_divergence
+from distilllens.fused import Group, Loss, certain_targets, fused_losses, is_fused
 from distilllens.lens import LogitLens, rows_at
+from distilllens.tails import BucketTail
 
 Pairs = tuple[tuple[int, int], ...]
 """Layers that are matched: (student, teacher), counted from 1."""
@@ -65,46 +67,68 @@ class Student(nn.Module):
             batch.input_ids, batch.attention_mask, sorted({final_layer, *(student for student, _ in pairs)})
         )
         final = rows_at(hidden[final_layer], batch.is_target)
-        sums = self._measure_final(final, batch) if measures else self._final(final, batch)
-        divergence = "jsd" if measures else self.objective.lens_divergence
-        for student, teacher in pairs:
-            rows = self.lens.normed(rows_at(hidden[student], batch.is_target), student)
-            sums[f"lens/{student}:{teacher}"] = self._divergence(divergence, rows, batch, teacher)
-        return (
-            sums if measures else {"total": self._total(sums), **{name: value.detach() for name, value in sums.items()}}
-        )
+        inner = {pair: self.lens.normed(rows_at(hidden[pair[0]], batch.is_target), pair[0]) for pair in pairs}
+        if measures:
+            return self._measure_final(final, batch) | {
+                f"lens/{student}:{teacher}": self._lens_jsd(rows, batch, teacher)
+                for (student, teacher), rows in inner.items()
+            }
+        return self._losses(final, inner, batch)
 
-    def _total(self, sums: dict[str, Tensor]) -> Tensor:
+    def _losses(self, final: Tensor, inner: dict[tuple[int, int], Tensor], batch: Batch) -> dict[str, Tensor]:
+        """All losses over all rows: fused where every one has a fused form, else chunk by chunk under autograd."""
         objective = self.objective
-        task, pairs = sums["task"], objective.lens_pairs
-        if pairs:
-            task = task + objective.lens_weight * sum(sums[f"lens/{s}:{t}"] for s, t in pairs) / len(pairs)
-        if objective.kd_ratio == 1:
-            return task
-        return (1 - objective.kd_ratio) * sums["ce"] + objective.kd_ratio * task
+        is_certain = certain_targets(batch.next_ids)
+        terms = {"ce": Loss("fkl", is_certain, BucketTail(), 1 - objective.kd_ratio)}
+        if objective.needs_final_targets:
+            terms["task"] = self._loss(objective.task, batch, batch.final_layer, objective.kd_ratio)
+        elif objective.kd_ratio > 0:
+            terms["ce"] = Loss("fkl", is_certain, BucketTail(), 1.0)
+        groups = {"": Group(len(final), tuple(terms.values()))}
+        names = [*terms]
+        for (student, teacher), rows in inner.items():
+            weight = objective.kd_ratio * objective.lens_weight / len(inner)
+            loss = self._loss(objective.lens_divergence, batch, teacher, weight)
+            names.append(f"lens/{student}:{teacher}")
+            groups[names[-1]] = Group(len(rows), (loss,))
+        head = self.lens.plain_head()
+        every = [loss for group in groups.values() for loss in group.losses]
+        rows = torch.cat([final, *inner.values()])
+        if head is not None and all(is_fused(loss.divergence, loss.tail) for loss in every):
+            total, each = fused_losses(rows, head, tuple(groups.values()), chunk_rows=self.chunk_rows)
+        else:
+            total, each = self._plain_losses(rows, tuple(groups.values()))
+        sums = dict(zip(names, each.detach(), strict=True))
+        return {"total": total, "task": sums["ce"], **sums}
 
-    def _divergence(self, name: str, rows: Tensor, batch: Batch, layer: int) -> Tensor:
+    def _loss(self, divergence: str, batch: Batch, layer: int, weight: float) -> Loss:
+        return Loss(divergence, batch.targets[layer], batch.tails[layer], weight)
+
+    def _plain_losses(self, rows: Tensor, groups: tuple[Group, ...]) -> tuple[Tensor, Tensor]:
+        """What ``fused_losses`` gives, through ``divergence.py`` and autograd."""
+        sums, start = [], 0
+        for group in groups:
+
+            def losses(logits: Tensor, where: slice, group: Group = group) -> Tensor:
+                of_each = (
+                    sparse_divergence(loss.divergence, logits, loss.targets[where], loss.tail) for loss in group.losses
+                )
+                return torch.stack([values.sum() for values in of_each])
+
+            own = rows[start : start + group.num_rows]
+            sums.append(sum_over_chunks(self.lens.head, own, losses, chunk_rows=self.chunk_rows))
+            start += group.num_rows
+        each = torch.cat(sums)
+        weights = torch.tensor([loss.weight for group in groups for loss in group.losses], device=each.device)
+        return (each * weights).sum(), each
+
+    def _lens_jsd(self, rows: Tensor, batch: Batch, layer: int) -> Tensor:
         targets, tail = batch.targets[layer], batch.tails[layer]
 
         def losses(logits: Tensor, where: slice) -> Tensor:
-            return sparse_divergence(name, logits, targets[where], tail).sum()[None]
+            return sparse_divergence("jsd", logits, targets[where], tail).sum()[None]
 
         return sum_over_chunks(self.lens.head, rows, losses, chunk_rows=self.chunk_rows)[0]
-
-    def _final(self, rows: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy and task share one pass over the final layer's logits."""
-        objective = self.objective
-
-        def losses(logits: Tensor, where: slice) -> Tensor:
-            ce = cross_entropy(logits, batch.next_ids[where]).sum()
-            if not objective.needs_final_targets:
-                return torch.stack([ce, ce])
-            layer = batch.final_layer
-            task = sparse_divergence(objective.task, logits, batch.targets[layer][where], batch.tails[layer])
-            return torch.stack([ce, task.sum()])
-
-        ce, task = sum_over_chunks(self.lens.head, rows, losses, chunk_rows=self.chunk_rows)
-        return {"ce": ce, "task": task}
 
     def _measure_final(self, rows: Tensor, batch: Batch) -> dict[str, Tensor]:
         targets, tail = batch.targets[batch.final_layer], batch.tails[batch.final_layer]

@@ -187,6 +187,10 @@ def more_ids(content: dict[str, Any]) -> None:
     content["layer_stats"]["4"]["num_ids"] += 1
 
 
+def another_count(content: dict[str, Any]) -> None:
+    content["shard"]["num_tokens"] += 1
+
+
 def another_plan(content: dict[str, Any]) -> None:
     content["plan_sha256"] = "0" * 64
 
@@ -200,6 +204,7 @@ def another_teacher(content: dict[str, Any]) -> None:
     [
         ("shards/00000.json", more_ids, "shards/00000.json", "statistics of layer 4"),
         ("manifest.json", more_ids, "manifest.json", "not the sums"),
+        ("shards/00000.json", another_count, "shards/00000.json", "sidecar and manifest contradict"),
         ("shards/00000.json", another_plan, "shards/00000.json", "another plan"),
         ("plan.json", another_teacher, "plan.json", "not the plan that the manifest"),
         ("manifest.json", another_teacher, "plan.json", "contradict"),

@@ -172,8 +172,8 @@ def with_values_in_no_list(batch: pa.RecordBatch) -> bytes:
 def with_two_batches(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch.slice(0, 1))
-        writer.write_batch(batch.slice(1))
+        writer.write_batch(batch)
+        writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
 
@@ -310,6 +310,20 @@ def test_tail_sums_and_index_of_another_shape_are_refused(folder: Path) -> None:
     put(folder, "index.arrow", bytes(to_arrow(index.slice(0, 4))))
     with pytest.raises(CacheError, match=r"index\.arrow has 4 rows; expected are 5"):
         CacheReader(folder)
+
+
+def test_an_index_that_contradicts_itself_or_the_manifest_is_refused(folder: Path) -> None:
+    index = batch_of(folder, "index.arrow")
+    sound = index.column("num_targets").to_numpy()
+    for change, what in (
+        (index.column("num_tokens").to_numpy(), "as many targets as tokens"),
+        (sound - 1, "gives shard 0"),
+    ):
+        place = index.schema.get_field_index("num_targets")
+        changed = index.set_column(place, index.schema.field(place), pa.array(change, pa.uint32()))
+        put(folder, "index.arrow", bytes(to_arrow(changed)))
+        with pytest.raises(CacheError, match=what):
+            CacheReader(folder)
 
 
 def test_an_extension_type_is_never_made(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from distilllens import model_source
 from distilllens.model_source import source_kind
 from distilllens.models import config_digest, load_model, load_tokenizer
+from distilllens.quiet import quiet_libraries
 from distilllens.weights_digest import weights_digest
 
 TOKENS = torch.arange(3, 23)[None]
@@ -323,3 +325,14 @@ def test_the_config_digest_is_of_the_function_and_not_of_its_surroundings(tiny_m
     ]
     assert {config_digest(model)} == {config_digest(one) for one in same}
     assert len({config_digest(one) for one in [model, *others]}) == 5
+
+
+# Libraries ----------------------------------------------------------------------------------------
+
+
+def test_what_libraries_say_stays_out_of_stdout_and_their_bars_out_of_logs(capsys):
+    with quiet_libraries():
+        print("a note")
+        print("a bar", file=sys.stderr)
+    print("a result")
+    assert capsys.readouterr() == ("a result\n", "a note\n")

@@ -348,8 +348,3 @@ def test_a_student_that_cannot_be_moved_to_its_place_leaves_the_old_one_there(te
         make(from_model=str(teacher), layers=3, output_dir=tmp_path / "student", overwrite=True)
     assert contents(tmp_path / "student") == before
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
-
-
-def test_only_the_result_goes_to_stdout(teacher, tmp_path, capfd):
-    make(from_model=str(teacher), layers=2, output_dir=tmp_path / "student")
-    assert capfd.readouterr().out == ""
