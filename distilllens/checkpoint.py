@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.engine import Engine
@@ -51,11 +54,13 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     engine.barrier()
-    engine.save_state(unfinished)
+    with _explained(unfinished):
+        engine.save_state(unfinished)
+        if engine.is_main:
+            save_model(model, tokenizer, unfinished)
+            _write_state(unfinished / STATE, state)
+            _sync(unfinished)
     if engine.is_main:
-        save_model(model, tokenizer, unfinished)
-        _write_state(unfinished / STATE, state)
-        _sync(unfinished)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
@@ -110,6 +115,20 @@ def load_state(checkpoint: Path, identity: dict[str, Any]) -> RunState:
             f"{checkpoint} belongs to a run with other settings:\n{lines}\nUse the same ones, or another --output-dir"
         )
     return state
+
+
+@contextmanager
+def _explained(unfinished: Path) -> Iterator[None]:
+    """A full disk, in whatever words torch or safetensors say it, as one sentence; half a checkpoint is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{unfinished.with_suffix('')} could not be written: {why}. Earlier checkpoints are whole: free space, or "
+            f"use --save-total-limit, and continue with --resume-from-checkpoint"
+        ) from error
 
 
 def _write_state(file: Path, state: RunState) -> None:

@@ -173,6 +173,15 @@ def _exit_code(arguments: list[str] | None) -> int:
     except (ValueError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         return 1
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        click.echo(
+            "Error: the device's memory is full. Use a smaller batch (--batch-tokens, --per-device-train-batch-size), "
+            "--gradient-checkpointing, or a smaller --loss-chunk-rows",
+            err=True,
+        )
+        return 1
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distilllens.batches import Batch
+from distilllens.collate import Batch
 from distilllens.config import TrainConfig
 from distilllens.deepspeed_config import RunFacts, load_deepspeed_config
 from distilllens.models import pick_device

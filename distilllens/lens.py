@@ -72,11 +72,11 @@ class LogitLens(nn.Module):
             return hidden
         return self._norm()(hidden)
 
-    def head(self, normed: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    def head(self, normed: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits over the effective vocabulary in float32 (float64 for a float64 model), from normed states."""
         _, head = self._modules_of_model
         with torch.autocast(normed.device.type, enabled=False):
-            logits = _in_full_precision(head, normed)[:, : self.vocab_size]
+            logits = _in_full_precision(head, normed)[..., : self.vocab_size]
         logits = logits * self._scale if self._scale != 1.0 else logits
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
 
@@ -94,7 +94,7 @@ class LogitLens(nn.Module):
             weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
         return Head(weight, bias, self._scale, self._softcap)
 
-    def logits(self, hidden: Float[Tensor, "N D"], layer: int) -> Float[Tensor, "N V"]:
+    def logits(self, hidden: Float[Tensor, "*rows D"], layer: int) -> Float[Tensor, "*rows V"]:
         """Logits over the effective vocabulary of states that left block ``layer``."""
         return self.head(self.normed(hidden, layer))
 

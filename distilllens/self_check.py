@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from distilllens.batches import Batch
+from distilllens.collate import Batch
 from distilllens.divergence import sparse_divergence
 from distilllens.matching import ALIGNMENT
 from distilllens.student import Objective

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distilllens.batches import Batch
 from distilllens.chunked import sum_over_chunks
+from distilllens.collate import Batch
 from distilllens.divergence import cross_entropy, sparse_divergence
 from distilllens.fused import Group, Loss, certain_targets, fused_losses, is_fused
 from distilllens.lens import LogitLens, rows_at

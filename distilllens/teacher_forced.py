@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilllens.batches import Batch, collate, pack_by_length
+from distilllens.batches import pack_by_length
+from distilllens.collate import Batch, collate
 from distilllens.matching import match_student
 from distilllens.student import Objective, Student
 from distilllens.tails import Tail

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distilllens.batches import Steps, collate
+from distilllens.batches import Steps
 from distilllens.checkpoint import RunState, find_checkpoint, load_state, save_checkpoint, save_model
+from distilllens.collate import collate
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
 from distilllens.engine import Engine, choose_device, start_engine

@@ -10,6 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from jaxtyping import install_import_hook
+
+TENSOR_ROOMS = ("chunked", "collate", "divergence", "fused", "lens", "student", "tails", "targets", "teacher_pass")
+install_import_hook([f"distilllens.{room}" for room in TENSOR_ROOMS], "beartype.beartype")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -92,3 +92,22 @@ def test_training_stopped_by_a_signal_saves_and_exits_130(folder: Path) -> None:
     assert process.returncode == 130, errors
     assert "--resume-from-checkpoint continues" in errors
     assert len(list((folder / "stopped").glob("checkpoint-*/trainer_state.json"))) == 1
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_full_disk_while_saving_is_one_sentence_and_loses_nothing(folder: Path, tmp_path, limit: int) -> None:
+    """A limit on the size of files stands for the full disk: the checkpoint cannot be written beyond it."""
+    base = ["train", "--student", "teacher", "--cache", "cache", "--output-dir", tmp_path / "run", "--device", "cpu"]
+    base += ["--save-steps", "1", "--max-steps", "2"]
+    code = (
+        "import resource, sys; from distilllens.cli import main;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *map(str, base)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    again = distilllens(*base, "--resume-from-checkpoint", cwd=folder)
+    assert again.returncode == 0, again.stderr

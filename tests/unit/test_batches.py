@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilllens.batches import Steps, collate, epoch_order, pack_by_length
+from distilllens.batches import Steps, epoch_order, pack_by_length
+from distilllens.collate import collate
 from distilllens.tails import BucketTail
 from distilllens_cache import CachedExample, LayerTargets
 

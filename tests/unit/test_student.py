@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distilllens.batches import Batch, collate
+from distilllens.collate import Batch, collate
 from distilllens.divergence import sparse_divergence
 from distilllens.lens import LogitLens
 from distilllens.student import Objective, Student
