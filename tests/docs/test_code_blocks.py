@@ -73,7 +73,11 @@ def run_page(page: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_blocks_of_the_page_run(page: Path, tmp_path: Path) -> None:
+def test_the_blocks_of_the_page_run(page: Path, tmp_path: Path, tiny_model_folder, tiny_rows, write_jsonl) -> None:
+    """In a folder with what the pages take for granted: a model in ``teacher`` and rows in two files."""
+    (tmp_path / "teacher").symlink_to(tiny_model_folder("llama", num_layers=6))
+    write_jsonl(tmp_path / "rows.jsonl", tiny_rows)
+    write_jsonl(tmp_path / "valid.jsonl", tiny_rows[:8])
     run_page(page, tmp_path)
 
 
