@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from distilllens.chunked import sum_over_chunks
 from distilllens.collate import Batch
 from distilllens.divergence import cross_entropy, sparse_divergence
-from distilllens.fused import Group, Loss, certain_targets, fused_losses, is_fused
+from distilllens.fused import Group, Loss, certain_targets
 from distilllens.lens import LogitLens, rows_at
+from distilllens.losses import sum_losses
 from distilllens.tails import BucketTail
 
 Pairs = tuple[tuple[int, int], ...]
@@ -76,51 +77,26 @@ class Student(nn.Module):
         return self._losses(final, inner, batch)
 
     def _losses(self, final: Tensor, inner: dict[tuple[int, int], Tensor], batch: Batch) -> dict[str, Tensor]:
-        """All losses over all rows: fused where every one has a fused form, else chunk by chunk under autograd."""
         objective = self.objective
-        is_certain = certain_targets(batch.next_ids)
-        terms = {"ce": Loss("fkl", is_certain, BucketTail(), 1 - objective.kd_ratio)}
+        rho, lens_share = objective.kd_ratio, objective.lens_weight / max(1, len(inner))
+        # Cross-entropy is the forward KL from all mass on the next token.
+        of_next = certain_targets(batch.next_ids)
+        at_final = {"ce": Loss("fkl", of_next, BucketTail(), 1 - rho)}
         if objective.needs_final_targets:
-            terms["task"] = self._loss(objective.task, batch, batch.final_layer, objective.kd_ratio)
-        elif objective.kd_ratio > 0:
-            terms["ce"] = Loss("fkl", is_certain, BucketTail(), 1.0)
-        groups = {"": Group(len(final), tuple(terms.values()))}
-        names = [*terms]
-        for (student, teacher), rows in inner.items():
-            weight = objective.kd_ratio * objective.lens_weight / len(inner)
-            loss = self._loss(objective.lens_divergence, batch, teacher, weight)
-            names.append(f"lens/{student}:{teacher}")
-            groups[names[-1]] = Group(len(rows), (loss,))
-        head = self.lens.plain_head()
-        every = [loss for group in groups.values() for loss in group.losses]
-        rows = torch.cat([final, *inner.values()])
-        if head is not None and all(is_fused(loss.divergence, loss.tail) for loss in every):
-            total, each = fused_losses(rows, head, tuple(groups.values()), chunk_rows=self.chunk_rows)
-        else:
-            total, each = self._plain_losses(rows, tuple(groups.values()))
-        sums = dict(zip(names, each.detach(), strict=True))
-        return {"total": total, "task": sums["ce"], **sums}
+            at_final["task"] = self._loss(objective.task, batch, batch.final_layer, rho)
+        elif rho > 0:
+            at_final["task"] = Loss("fkl", of_next, BucketTail(), rho)
+        at_lens = {
+            f"lens/{student}:{teacher}": self._loss(objective.lens_divergence, batch, teacher, rho * lens_share)
+            for student, teacher in inner
+        }
+        groups = [Group(len(final), tuple(at_final.values()))]
+        groups += [Group(len(final), (loss,)) for loss in at_lens.values()]
+        total, each = sum_losses([final, *inner.values()], groups, self.lens, chunk_rows=self.chunk_rows)
+        return {"total": total, **dict(zip([*at_final, *at_lens], each, strict=True))}
 
     def _loss(self, divergence: str, batch: Batch, layer: int, weight: float) -> Loss:
         return Loss(divergence, batch.targets[layer], batch.tails[layer], weight)
-
-    def _plain_losses(self, rows: Tensor, groups: tuple[Group, ...]) -> tuple[Tensor, Tensor]:
-        """What ``fused_losses`` gives, through ``divergence.py`` and autograd."""
-        sums, start = [], 0
-        for group in groups:
-
-            def losses(logits: Tensor, where: slice, group: Group = group) -> Tensor:
-                of_each = (
-                    sparse_divergence(loss.divergence, logits, loss.targets[where], loss.tail) for loss in group.losses
-                )
-                return torch.stack([values.sum() for values in of_each])
-
-            own = rows[start : start + group.num_rows]
-            sums.append(sum_over_chunks(self.lens.head, own, losses, chunk_rows=self.chunk_rows))
-            start += group.num_rows
-        each = torch.cat(sums)
-        weights = torch.tensor([loss.weight for group in groups for loss in group.losses], device=each.device)
-        return (each * weights).sum(), each
 
     def _lens_jsd(self, rows: Tensor, batch: Batch, layer: int) -> Tensor:
         targets, tail = batch.targets[layer], batch.tails[layer]

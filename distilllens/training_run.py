@@ -87,7 +87,11 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     tokenizer = load_tokenizer(source, revision=revision)
     require_matching_tokenizer(model, tokenizer, source)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The older name warns in the versions that have the newer one.
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = _open_evaluation(config, model, tokenizer)
     open_source = _from_cache if config.cache is not None else _from_rows
     examples, lens, objective, tails, resolved = open_source(config, model, tokenizer)
