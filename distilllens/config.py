@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from distilllens.divergence_spec import parse_divergence
 
 
 def _split(value: Any) -> Any:
@@ -27,7 +29,14 @@ Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
 Spec = Annotated[str, BeforeValidator(_text)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Divergence = Literal["fkl", "rkl", "jsd"]
+
+
+def _divergence(text: str) -> str:
+    return str(parse_divergence(text))
+
+
+def _task(text: str) -> str:
+    return text if text == "ce" else _divergence(text)
 
 
 class RunConfig(BaseModel):
@@ -162,10 +171,11 @@ class TrainConfig(DatasetConfig):
     pairs: Spec | None = None
     """Layers to match, student:teacher, such as 2:8,4:16; none for the task alone. Derived from the cache's
     layers when not given."""
-    task: Literal["fkl", "rkl", "jsd", "ce"] = "fkl"
-    """Divergence on the final layer; ce is cross-entropy with the next token."""
-    lens_divergence: Divergence = "jsd"
-    """Divergence between the lens distributions of a pair."""
+    task: Annotated[str, AfterValidator(_task)] = "fkl"
+    """Divergence on the final layer: fkl, rkl, jsd[:beta], jeffreys, akl[:mu], skew_fkl[:alpha], skew_rkl[:alpha],
+    tvd or ab[:alpha,beta]; ce is cross-entropy with the next token."""
+    lens_divergence: Annotated[str, AfterValidator(_divergence)] = "jsd"
+    """Divergence between the lens distributions of a pair: the same names."""
     tail: Literal["bucket", "profile"] | None = None
     """What stands for the rest: profile (default where the cache stores it) or bucket."""
     lens_weight: Annotated[float, Field(ge=0.0)] = 1.0

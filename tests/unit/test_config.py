@@ -95,6 +95,20 @@ def test_a_method_without_its_data_is_refused(flags: dict, message: str) -> None
         load_config(TrainConfig, file=None, flags=flags)
 
 
+@pytest.mark.parametrize(
+    ("text", "meaning"), [("jsd", "jsd"), ("jsd:0.5", "jsd"), ("jsd:0.3", "jsd:0.3"), ("ab:0.5,0.6", "ab:0.5,0.6")]
+)
+def test_divergences_are_written_by_name_and_parameters(text: str, meaning: str) -> None:
+    base = ["--student", "s", "--cache", "c", "--output-dir", "o"]
+    assert parse([*base, "--lens-divergence", text]).lens_divergence == meaning  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["kl", "jsd:1.5", "jsd:0.1,0.2", "fkl:1", "ab:0.2", "akl:x"])
+def test_a_divergence_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="task"):
+        parse(["--student", "s", "--cache", "c", "--output-dir", "o", "--task", text])
+
+
 def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     config = TrainConfig(student="s", cache=Path("c"), output_dir=Path("o"), pairs="1:2", save_total_limit=3)
     save_config(config, tmp_path / "resolved.yaml")
