@@ -23,6 +23,9 @@ SETTINGS = "demo.yaml"
 PROGRESS = "progress.json"
 RESULTS = "results.json"
 
+TEACHER_LAYERS = 30
+"""Layers of the packaged teacher; all are kept."""
+
 NEEDED_GB = 4.0
 """Free disk space asked for at the start: about 2 GB stay, 1 GB more while a checkpoint is replaced."""
 
@@ -78,11 +81,22 @@ def run_demo(config: DemoConfig) -> Path:
 def demo_stages(config: DemoConfig, teacher: str, *, train_rows: Path, valid_rows: Path) -> list[Stage]:
     """The commands of the demo, in order."""
     folder = config.output_dir
+    unpacked = []
+    if config.teacher is None:
+        file, teacher = teacher, str(folder / "teacher")
+        unpacked = [
+            Stage(
+                "teacher",
+                "The teacher as an ordinary folder: its GGUF file takes half a minute to read, each time",
+                ("new-student", "--from", file, *_flags(layers=TEACHER_LAYERS, output_dir=teacher)),
+            )
+        ]
     cache, valid_cache, student, run = (folder / name for name in ("cache", "valid-cache", "student", "run"))
     lengths = {"max_length": 256, "max_prompt_length": 128}
     # Small shards: what a stopped pass has to repeat is one shard.
     teacher_pass = {"teacher": teacher, "layers": config.layers, "examples_per_shard": 32, **lengths}
     return [
+        *unpacked,
         Stage(
             "cache",
             "The teacher reads every row once; its targets go to a cache",
