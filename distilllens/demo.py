@@ -74,7 +74,7 @@ def run_demo(config: DemoConfig) -> Path:
     results = collect_results(folder, seconds=progress.seconds, peak_memory_gb=progress.peak_memory_gb)
     path = folder / RESULTS
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_results(results, folder=folder, teacher=teacher)
+    print_results(results, folder=folder)
     return path
 
 

@@ -54,7 +54,7 @@ def collect_results(folder: Path, *, seconds: dict[str, float], peak_memory_gb: 
     }
 
 
-def print_results(results: dict[str, Any], *, folder: Path, teacher: str) -> None:
+def print_results(results: dict[str, Any], *, folder: Path) -> None:
     """The tables on stdout, what did not improve, and what to try next."""
     console = Console(width=None if Console().is_terminal else 100)
     table = Table("on held-out rows", title="The student before and after")
@@ -81,7 +81,7 @@ def print_results(results: dict[str, Any], *, folder: Path, teacher: str) -> Non
     worse = [row["metric"] for row in results["metrics"] if not row["improved"]]
     if worse:
         console.print(f"Not improved: {', '.join(worse)}. More --max-steps may change that, or not: look at it.")
-    console.print(_next_steps(folder, teacher), highlight=False, markup=False, soft_wrap=True)
+    console.print(_next_steps(folder), highlight=False, markup=False, soft_wrap=True)
 
 
 def _metrics(model: dict[str, Any]) -> dict[str, tuple[float, str]]:
@@ -100,7 +100,7 @@ def _metrics(model: dict[str, Any]) -> dict[str, tuple[float, str]]:
     return found
 
 
-def _next_steps(folder: Path, teacher: str) -> str:
+def _next_steps(folder: Path) -> str:
     student, cache, valid = folder / "student", folder / "cache", folder / "valid-cache"
     return f"""
 What to try next

@@ -98,3 +98,10 @@ def test_set_up_blocks_and_output_are_not_run_and_everything_else_is() -> None:
 def test_a_set_up_mark_covers_one_block_only() -> None:
     text = f"{SET_UP}\n```bash\na\n```\n\n```bash\nb\n```\n"
     assert [block.code for block in runnable(text)] == ["b\n"]
+
+
+def test_the_map_in_the_readme_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms = {path.stem for path in (ROOT / "distilllens").glob("*.py") if not path.stem.startswith("__")}
+    named = set(re.findall(r"`(\w+)`", text[text.index("## The folders") : text.index("## Installing")]))
+    assert rooms <= named, sorted(rooms - named)

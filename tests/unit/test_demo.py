@@ -113,7 +113,7 @@ def test_what_did_not_improve_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     cache = {"targets": 9, "examples": 3, "total_bytes": 10, "bytes_per_target_by_layer": {"4": 100.0}}
     speeds = {"teacher_pass_with_start_up": 1.0, "training": 2.0}
     results = {"metrics": [row], "cache": cache, "tokens_per_s": speeds, "total_seconds": 3.0, "peak_memory_gb": 1.0}
-    print_results(results, folder=tmp_path, teacher="t")
+    print_results(results, folder=tmp_path)
     said = capsys.readouterr().out
     assert "NOT improved" in said
     assert "Not improved: calibration error." in said
