@@ -34,6 +34,8 @@ from distilllens.weights_digest import weights_digest
 from distilllens_cache import FORMAT_VERSION, CacheWriter, Identity, PlannedExample, plan_shards
 
 BYTES_PER_VALUE = {"arrow-fp16": 2, "arrow-fp32": 4}
+INDEX_BYTES = 45
+"""Bytes of one example in the cache's index: mostly its digest, which doesn't compress."""
 SAMPLE_EXAMPLES = 8
 """Examples that --dry-run runs through the teacher to extrapolate time and bytes."""
 
@@ -209,12 +211,18 @@ def estimate(plan: Plan) -> str:
             shards=[range(len(sample))],
         )
         writer.write_shard(0, cached, tails)
-        sample_bytes = (Path(scratch) / "sample" / "shards" / "00000.arrow").stat().st_size
+        folder = Path(scratch) / "sample"
+        of_targets = (folder / "shards" / "00000.arrow").stat().st_size
+        of_tails = sum(file.stat().st_size for file in folder.glob("shards/*.tails.arrow"))
+        of_plan = _size(folder) - of_targets - of_tails
     sampled = sum(example.num_targets for example in sample)
     targets = sum(example.num_targets for example in examples)
     tokens = sum(example.num_tokens for example in examples)
     seconds *= tokens / sum(example.num_tokens for example in sample)
-    size = sample_bytes / sampled * targets
+    per_target = of_targets / sampled
+    # Every shard has tail sums, and the cache has their total.
+    of_index = INDEX_BYTES * (len(examples) - len(sample))
+    size = per_target * targets + of_tails * (len(plan.shards) + 1) + of_plan + of_index
     layers = plan.identity.layers
     facts = {
         "rows": f"{len(examples)} of {plan.examples.num_rows}",
@@ -222,7 +230,7 @@ def estimate(plan: Plan) -> str:
         "target positions": f"{targets}",
         "layers": ", ".join(map(str, layers)),
         "shards": f"{len(plan.shards)}",
-        "bytes": f"about {decimal(int(size))} ({size / targets / len(layers):.0f} per target and layer)",
+        "bytes": f"about {decimal(int(size))} ({per_target / len(layers):.0f} per target and layer)",
         "time": f"about {_duration(seconds)} on this machine ({tokens / seconds:.0f} tokens/s)",
     }
     return "\n".join(f"{name:<19}{value}" for name, value in facts.items())
