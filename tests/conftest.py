@@ -5,13 +5,10 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in ("", "cache", "tools"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-ROOT = Path(__file__).parents[1]
-CODE = [str(ROOT), str(ROOT / "cache"), str(ROOT / "tools")]
-os.environ["PYTHONPATH"] = os.pathsep.join([*CODE, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import pytest
 from jaxtyping import install_import_hook
