@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from jaxtyping import install_import_hook
 
 TENSOR_ROOMS = ("chunked", "collate", "divergence", "fused", "lens", "student", "tails", "targets", "teacher_pass")
 install_import_hook([f"distilllens.{room}" for room in TENSOR_ROOMS], "beartype.beartype")
+
+# Started in the background, a shell's children ignore Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
