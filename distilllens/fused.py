@@ -27,8 +27,9 @@ from distilllens_cache import LOG_FLOOR
 
 FUSED = ("fkl", "rkl", "jsd")
 """Divergences with a fused form, for the tails bucket and profile."""
-TILE_ROWS = 8
-"""Rows worked on at a time on a CPU, so that their probabilities stay in its cache."""
+TILE_ROWS = 32
+"""Rows worked on at a time on a CPU, so that their probabilities stay in its cache; with fewer, threads wait for each
+other (`scripts/bench/loss.py`)."""
 LOG_RATIO_LIMIT = 80.0
 """exp of a larger log-ratio overflows float32; q is 0 there."""
 
