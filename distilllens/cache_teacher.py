@@ -16,12 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
-from distilllens.data import Example, Examples, load_examples
+from distilllens.data import Example, Examples, load_configured
 from distilllens.engine import is_distributed
 from distilllens.layer_maps import parse_layers, parse_top_k
 from distilllens.lens import LogitLens, check_lens, num_layers
 from distilllens.models import config_digest, load_model, load_tokenizer, pick_device
-from distilllens.records import ColumnNames
 from distilllens.teacher_pass import TeacherPass
 from distilllens.template import resolve_template
 from distilllens.vocabulary import (
@@ -72,17 +71,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     tokenizer = load_tokenizer(source, revision=None if config.tokenizer else config.revision)
     template = resolve_template(config.template, tokenizer)
     # Rows before weights: a mistake in the dataset should not cost the loading of a large teacher.
-    examples = load_examples(
-        config.dataset,
-        tokenizer,
-        template=config.template,
-        columns=ColumnNames(**config.columns()),
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        limit=config.limit,
-        split=config.split,
-        revision=config.dataset_revision,
-    )
+    examples = load_configured(config, config.dataset, tokenizer)
     model = load_model(
         config.teacher,
         revision=config.revision,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from distilllens.config import DatasetConfig
 from distilllens.encoder import Encoder, tokenize
 from distilllens.records import ColumnNames, Layout, Reason, Unusable
 from distilllens.rows import Rows, open_rows
@@ -204,6 +205,21 @@ def load_examples(
     loaded.check_usable(len(loaded.examples))
     loaded.digest = digest.hexdigest()
     return loaded
+
+
+def load_configured(config: DatasetConfig, dataset: str, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """``load_examples`` of ``dataset`` with the template, columns and limits of a run."""
+    return load_examples(
+        dataset,
+        tokenizer,
+        template=config.template,
+        columns=ColumnNames(**config.columns()),
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        limit=config.limit,
+        split=config.split,
+        revision=config.dataset_revision,
+    )
 
 
 def prompt_and_references(

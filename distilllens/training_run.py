@@ -11,11 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilllens.batches import WINDOW_SHARDS, ExampleSource
 from distilllens.config import TrainConfig
 from distilllens.console import say
-from distilllens.data import Example, load_examples
+from distilllens.data import Example, load_configured
 from distilllens.lens import LogitLens, check_lens
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.models import load_model, load_tokenizer
-from distilllens.records import ColumnNames
 from distilllens.self_check import check_alignment
 from distilllens.student import Objective, Pairs, Student
 from distilllens.tails import Tail
@@ -125,17 +124,7 @@ def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrain
 
 def _from_rows(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opened:
     assert config.dataset is not None
-    examples = load_examples(
-        config.dataset,
-        tokenizer,
-        template=config.template,
-        columns=ColumnNames(**config.columns()),
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        limit=config.limit,
-        split=config.split,
-        revision=config.dataset_revision,
-    )
+    examples = load_configured(config, config.dataset, tokenizer)
     say(examples.report())
     lens = LogitLens(model, lens_norm="final", vocab_size=effective_vocab_size(model, tokenizer))
     check_lens(model, lens)
