@@ -27,6 +27,8 @@ class RunState:
     epoch: float = 0.0
     max_steps: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
+    pending: dict[str, float] = field(default_factory=dict)
+    """Sums that wait for the next logged step, so that a resumed run logs the same averages."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What a resumed run must share with this one: cache, losses, data order, optimizer settings."""
 

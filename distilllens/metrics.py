@@ -77,6 +77,23 @@ class RunningSums:
         self._tokens += tokens
         self._waited += waited
 
+    def pending(self) -> dict[str, float]:
+        """Sums over all ranks that wait for the next logged step, for a checkpoint. Every rank calls it."""
+        return {
+            "num_targets": self.num_targets,
+            **{name: self._engine.all_sum(value).item() for name, value in sorted(self._sums.items())},
+        }
+
+    def restore(self, pending: dict[str, float]) -> None:
+        """Go on from what ``pending`` gave; the main rank holds it for all."""
+        self.num_targets = int(pending.get("num_targets", 0))
+        share = 1.0 if self._engine.is_main else 0.0
+        self._sums = {
+            name: torch.tensor(share * value, dtype=torch.float64, device=self._engine.device)
+            for name, value in pending.items()
+            if name != "num_targets"
+        }
+
     def flush(self) -> dict[str, float]:
         """Averages per target position over all ranks since the last call, in nats."""
         names = sorted(self._sums)

@@ -69,6 +69,7 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
     config, num_steps = run.config, state.max_steps
     metrics = Metrics(config.output_dir, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
+    sums.restore(state.pending)
     engine.train(True)
     with Interruption() as interruption, metrics:
         while state.global_step < num_steps:
@@ -106,6 +107,7 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
                 state.log_history.append(metrics.log(state.global_step, values))
             interrupted = engine.any(interruption.asked) and not is_last
             if is_last or interrupted or _is_due(state.global_step, config.save_steps):
+                state.pending = sums.pending()
                 folder = save_checkpoint(
                     config.output_dir,
                     state,

@@ -141,14 +141,15 @@ def without_clock(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in ("train/tokens_per_s", "train/data_wait")} for line in lines]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "logging_steps"), [("llama", 1), ("gpt2", 1), ("llama", 3)])
 def test_a_run_stopped_anywhere_resumes_to_the_same_losses_and_weights(
-    make_cache, tiny_model_folder, tmp_path, monkeypatch, architecture: str
+    make_cache, tiny_model_folder, tmp_path, monkeypatch, architecture: str, logging_steps: int
 ) -> None:
     """GPT-2 has dropout here, whose masks must not depend on where a run stopped."""
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1} if architecture == "gpt2" else {}
     student = tiny_model_folder(architecture, num_layers=3, seed=1, **dropout)
-    whole = train(student, make_cache(), tmp_path / "whole")
+    settings = {"logging_steps": logging_steps}
+    whole = train(student, make_cache(), tmp_path / "whole", **settings)
     update, calls = train_module.Engine.any, []
 
     def ask_at(number: int):
@@ -162,9 +163,9 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_losses_and_weights(
         calls.clear()
         monkeypatch.setattr(train_module.Engine, "any", ask_at(number))
         with pytest.raises(KeyboardInterrupt):
-            train(student, make_cache(), tmp_path / "stopped", resume_from_checkpoint="latest")
+            train(student, make_cache(), tmp_path / "stopped", resume_from_checkpoint="latest", **settings)
     monkeypatch.setattr(train_module.Engine, "any", update)
-    resumed = train(student, make_cache(), tmp_path / "stopped", resume_from_checkpoint="latest")
+    resumed = train(student, make_cache(), tmp_path / "stopped", resume_from_checkpoint="latest", **settings)
     assert without_clock(resumed) == without_clock(whole)
     mine, theirs = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
