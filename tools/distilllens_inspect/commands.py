@@ -144,3 +144,23 @@ def report(cache: Path, output: Path, examples: str | None, num_examples: int, m
     chosen = choose_examples(examples, num_examples, len(reader))
     size = write_report(reader, output, examples=chosen, max_positions=max_positions)
     click.echo(f"Wrote {output} ({bytes_text(size)}). Open it in a browser.")
+
+
+@inspect.command()
+@click.argument("cache", type=_Folder)
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Parquet file to write.")
+def export(cache: Path, output: Path) -> None:
+    """Write CACHE, decoded, as one Parquet file: a row per example, lists of ids and log-probabilities per layer.
+
+    \b
+    Examples:
+      distilllens inspect export cache/ --output cache.parquet
+      distilllens inspect export valid-cache/ --output valid.parquet
+    """
+    from distilllens_cache import CacheReader
+    from distilllens_inspect.console import bytes_text
+    from distilllens_inspect.export import export_parquet
+
+    reader = CacheReader(cache)
+    size = export_parquet(reader, output)
+    click.echo(f"Wrote {output} ({bytes_text(size)}): {len(reader)} examples.")
