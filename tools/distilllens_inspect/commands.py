@@ -155,7 +155,7 @@ def export(cache: Path, output: Path) -> None:
     \b
     Examples:
       distilllens inspect export cache/ --output cache.parquet
-      distilllens inspect export valid-cache/ --output valid.parquet
+      distilllens inspect export cache/ --output /data/teacher.parquet
     """
     from distilllens_cache import CacheReader
     from distilllens_inspect.console import bytes_text
