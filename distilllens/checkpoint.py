@@ -33,11 +33,12 @@ class RunState:
     """What a resumed run must share with this one: cache, losses, data order, optimizer settings."""
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """An ordinary model folder, which ``AutoModelForCausalLM.from_pretrained`` loads."""
-    with quiet_libraries():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: Engine) -> None:
+    """An ordinary model folder, which ``AutoModelForCausalLM.from_pretrained`` loads. Every rank calls it."""
+    with engine.whole_weights(model), quiet_libraries():
+        if engine.is_main:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(
@@ -58,8 +59,8 @@ def save_checkpoint(
     engine.barrier()
     with _explained(unfinished):
         engine.save_state(unfinished)
+        save_model(model, tokenizer, unfinished, engine)
         if engine.is_main:
-            save_model(model, tokenizer, unfinished)
             _write_state(unfinished / STATE, state)
             _sync(unfinished)
     if engine.is_main:

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Engine(ABC):
     def barrier(self) -> None:
         """Wait for every rank."""
         return
+
+    def whole_weights(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While entered, by every rank, ``model`` has its whole weights, for saving."""
+        return nullcontext()
 
     @abstractmethod
     def save_state(self, folder: Path) -> None:
@@ -173,6 +177,12 @@ class DeepSpeedEngine(Engine):
 
     def barrier(self) -> None:
         torch.distributed.barrier()
+
+    def whole_weights(self, model: nn.Module) -> AbstractContextManager[Any]:
+        import deepspeed
+
+        sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+        return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
     def save_state(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)

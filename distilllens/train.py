@@ -57,8 +57,7 @@ def run_train(config: TrainConfig) -> Path:
         _start_output(config)
     engine.barrier()
     train(run, engine, steps, state)
-    if engine.is_main:
-        save_model(run.model, run.tokenizer, config.output_dir)
+    save_model(run.model, run.tokenizer, config.output_dir, engine)
     engine.barrier()
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
     return config.output_dir

@@ -29,10 +29,10 @@ def cache(tmp_path_factory, tiny_model_folder, tiny_rows, write_jsonl) -> Path:
     )
 
 
-def launch(student: Path, cache: Path, run: Path, *, resume: bool = False) -> None:
+def launch(student: Path, cache: Path, run: Path, *more: str, resume: bool = False) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     flags += ["--per-device-train-batch-size=2", "--gradient-accumulation-steps=2"]
-    flags += ["--resume-from-checkpoint"] if resume else []
+    flags += [*more, *(["--resume-from-checkpoint"] if resume else [])]
     command = [
         sys.executable,
         "-m",
@@ -71,6 +71,23 @@ def test_two_ranks_give_the_losses_and_weights_of_one_process_and_resume(cache, 
         file.unlink() if file.is_file() else None
     launch(student, cache, tmp_path / "two", resume=True)
     assert [line["train/loss"] for line in read_metrics(tmp_path / "two")] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_student_sharded_by_zero_3_is_saved_whole(cache, tiny_model_folder, tmp_path) -> None:
+    student = tiny_model_folder("llama", num_layers=3, seed=1)
+    file = tmp_path / "zero3.json"
+    file.write_text(
+        '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",'
+        ' "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+    )
+    config = {"student": str(student), "cache": cache, "per_device_train_batch_size": 8, **SETTINGS}
+    run_train(TrainConfig(output_dir=tmp_path / "one", **config))
+    launch(student, cache, tmp_path / "three", f"--deepspeed={file}")
+    wanted = [line["train/loss"] for line in read_metrics(tmp_path / "one")]
+    assert [line["train/loss"] for line in read_metrics(tmp_path / "three")] == pytest.approx(wanted, abs=1e-5)
+    one, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "three"))
+    for name in one:
+        torch.testing.assert_close(three[name], one[name], atol=1e-4, rtol=0)
 
 
 def deepspeed_file(tmp_path: Path, text: str) -> TrainConfig:
