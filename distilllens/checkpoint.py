@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.engine import Engine
 from distilllens.quiet import quiet_libraries
+from distilllens_cache.atomic import fsync_folder
 
 STATE = "trainer_state.json"
 
@@ -67,7 +68,7 @@ def save_checkpoint(
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-        _sync_folder(run)
+        fsync_folder(run)
         for old in checkpoints(run)[: -keep if keep else 0]:
             shutil.rmtree(old)
     engine.barrier()
@@ -143,11 +144,3 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
