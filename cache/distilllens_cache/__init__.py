@@ -3,21 +3,22 @@
 from distilllens_cache.canary import CanaryResult, canary
 from distilllens_cache.codec import CODECS, Codec
 from distilllens_cache.errors import CacheError
+from distilllens_cache.identity import READER_FIELDS, Identity, TokenizerIdentity, compare_identity
 from distilllens_cache.layout import FORMAT_VERSION
-from distilllens_cache.manifest import (
-    READER_FIELDS,
-    FileRecord,
-    Identity,
-    LayerStats,
-    Manifest,
-    ShardRecord,
-    TokenizerIdentity,
-    compare_identity,
-)
+from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
 from distilllens_cache.plan import plan_shards
 from distilllens_cache.reader import CacheReader
+from distilllens_cache.sketch import Projection, Sketch
+from distilllens_cache.tail_spec import SketchSpec, TailSpec, parse_tail_spec
 from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
-from distilllens_cache.targets import LOG_FLOOR, CachedExample, LayerTargets, PlannedExample, example_digest
+from distilllens_cache.targets import (
+    LOG_FLOOR,
+    CachedExample,
+    LayerTargets,
+    PlannedExample,
+    TailSamples,
+    example_digest,
+)
 from distilllens_cache.verify import Problem, VerifyReport, verify_cache
 from distilllens_cache.writer import CacheWriter
 
@@ -40,12 +41,19 @@ __all__ = [
     "Manifest",
     "PlannedExample",
     "Problem",
+    "Projection",
     "ShardRecord",
+    "Sketch",
+    "SketchRecord",
+    "SketchSpec",
+    "TailSamples",
+    "TailSpec",
     "TokenizerIdentity",
     "VerifyReport",
     "canary",
     "compare_identity",
     "example_digest",
+    "parse_tail_spec",
     "plan_shards",
     "tail_profile",
     "verify_cache",

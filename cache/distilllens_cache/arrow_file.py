@@ -21,10 +21,10 @@ class DeclaredBuffer(NamedTuple):
     decoded: int
 
 
-def to_arrow(batch: pa.RecordBatch) -> memoryview:
+def to_arrow(batch: pa.RecordBatch, *, level: int = 3) -> memoryview:
     """``batch`` as an Arrow IPC file, zstd-compressed: the same bytes whenever it is equal."""
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=3), use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=level), use_threads=False)
     with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
         writer.write_batch(batch)
     return memoryview(sink.getvalue())
@@ -70,6 +70,12 @@ def declared_buffers(data: bytes | memoryview, *, name: str) -> list[DeclaredBuf
         return _declared_buffers(view)
     except (struct.error, IndexError, ValueError, OverflowError):
         raise CacheError(f"{name} is no Arrow file with one record batch.") from None
+
+
+def num_buffers(kind: pa.DataType) -> int:
+    """Buffers that a column of this type has in a file: validity, then offsets or values, then its children's."""
+    own = 3 if pa.types.is_string(kind) else 2
+    return own + sum(num_buffers(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _declared_buffers(view: memoryview) -> list[DeclaredBuffer]:
@@ -143,6 +149,10 @@ def _check_column(column: pa.Array, name: str) -> None:
     if isinstance(column, pa.ListArray):
         offsets = column.offsets
         if offsets[0].as_py() != 0 or offsets[-1].as_py() != len(column.values):
+            raise CacheError(f"{name} has lists that do not cover their values.")
+        _check_column(column.values, name)
+    if isinstance(column, pa.FixedSizeListArray):
+        if len(column.values) != len(column) * column.type.list_size:
             raise CacheError(f"{name} has lists that do not cover their values.")
         _check_column(column.values, name)
 

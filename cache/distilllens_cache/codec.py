@@ -1,40 +1,21 @@
-"""Codecs: how the targets of a shard become columns of an Arrow file, and back."""
+"""The codecs of this version, by name."""
 
-from dataclasses import dataclass
-
-import numpy as np
 import pyarrow as pa
 
 from distilllens_cache.errors import CacheError
+from distilllens_cache.layer_codec import Codec, LayerShape, list_field
+from distilllens_cache.meaning import SOURCE_TOLERANCE
+from distilllens_cache.packed_codec import PackedCodec
+from distilllens_cache.plain_codec import PlainCodec
 
-
-@dataclass(frozen=True)
-class Codec:
-    """How log-probabilities are stored."""
-
-    name: str
-    value_type: pa.DataType
-    """Arrow type of log-probabilities and rests."""
-    mass_tolerance: float
-    """How far the mass of a stored row may be from 1: quantisation on top of `SOURCE_TOLERANCE`."""
-    is_lossless: bool
-    """Whether float32 comes back bit for bit. If not, decoding normalises each row's k + 1 cells."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.value_type.to_pandas_dtype())
-
-
-SOURCE_TOLERANCE = 1e-4
-"""How far the mass of a row may be from 1 when a writer gets it: float32 rounding over a large vocabulary."""
-
-CODECS = {
+CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        Codec("arrow-fp32", pa.float32(), SOURCE_TOLERANCE, is_lossless=True),
+        PlainCodec("arrow-fp32", pa.float32(), SOURCE_TOLERANCE, is_lossless=True),
         # Half an ulp of fp16 is 2^-8 below a log-probability of -8, where the flattest rows lie: 0.4 % of
         # their mass.
-        Codec("arrow-fp16", pa.float16(), 5e-3, is_lossless=False),
+        PlainCodec("arrow-fp16", pa.float16(), 5e-3, is_lossless=False),
+        PackedCodec(),
     )
 }
 """Every codec of this version, by the name that plans and manifests use."""
@@ -47,27 +28,14 @@ def find_codec(name: str) -> Codec:
     return CODECS[name]
 
 
-def shard_schema(codec: Codec, layers: tuple[int, ...], top_k: dict[int, int]) -> pa.Schema:
+def shard_schema(codec: Codec, layers: tuple[int, ...], top_k: dict[int, int], vocab_size: int) -> pa.Schema:
     """The exact columns of a shard. Nothing is nullable; lists hold one example's values."""
-
-    def column(name: str, kind: pa.DataType) -> pa.Field:
-        return pa.field(name, kind, nullable=False)
-
-    def items(kind: pa.DataType) -> pa.DataType:
-        return pa.list_(pa.field("item", kind, nullable=False))
-
     columns = [
-        column("index", pa.int64()),
-        column("id", pa.string()),
-        column("token_ids", items(pa.uint32())),
-        column("target_positions", items(pa.uint32())),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        list_field("token_ids", pa.uint32()),
+        list_field("target_positions", pa.uint32()),
     ]
     for layer in layers:
-        count_type = pa.uint16() if top_k[layer] <= 0xFFFF else pa.uint32()
-        columns += [
-            column(f"layer_{layer}_counts", items(count_type)),
-            column(f"layer_{layer}_ids", items(pa.uint32())),
-            column(f"layer_{layer}_log_probs", items(codec.value_type)),
-            column(f"layer_{layer}_log_rest", items(codec.value_type)),
-        ]
+        columns += codec.fields(LayerShape(layer, top_k[layer], vocab_size))
     return pa.schema(columns)

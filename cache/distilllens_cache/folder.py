@@ -21,7 +21,7 @@ def check(folder: Path) -> None:
             f"{folder} holds something that is not a cache ({some}); nothing was changed. "
             f"Choose an empty or new --output-dir."
         )
-    for name in (layout.SHARDS, layout.TOKENIZER):
+    for name in (layout.SHARDS, layout.SKETCHES, layout.TOKENIZER):
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise CacheError(f"{path} is no ordinary folder, as it is in a cache. Choose another --output-dir.")
@@ -52,7 +52,7 @@ def looks_like_a_cache(folder: Path) -> bool:
 
 def _own_files(folder: Path) -> list[Path]:
     """Files that belong to a cache, the manifest first."""
-    paths = [*folder.glob("*"), *(folder / layout.SHARDS).glob("*")]
+    paths = [p for part in ("", layout.SHARDS, layout.SKETCHES) for p in (folder / part).glob("*")]
     own = [path for path in paths if layout.OWN_FILE.fullmatch(path.relative_to(folder).as_posix())]
     own += (folder / layout.TOKENIZER).rglob("*")
     files = [path for path in own if path.is_symlink() or stat.S_ISREG(path.lstat().st_mode)]

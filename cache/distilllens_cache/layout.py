@@ -10,26 +10,31 @@ INDEX = "index.arrow"
 TOKENIZER = "tokenizer"
 SHARDS = "shards"
 TAIL_SUMS = "tail_sums.arrow"
+SKETCHES = "sketches"
+CALIBRATION = "calibration.bin"
 MANIFEST = "manifest.json"
 
 MAX_SHARD_BYTES = 1 << 30
-"""Largest shard file, in bytes. A reader digests a whole shard before it parses it."""
+"""Largest file of targets or of tail rows, in bytes. A reader digests a whole shard before it parses it."""
 MAX_DECODED_BYTES = 4 << 30
 """Most memory, in bytes, that one Arrow file of a cache may declare for its buffers."""
 MAX_JSON_BYTES = 256 << 20
 """Largest plan or manifest, in bytes."""
 MAX_SIDECAR_BYTES = 1 << 20
 """Largest sidecar, in bytes."""
+MAX_CALIBRATION_BYTES = 1 << 30
+"""Largest scratch file of a calibration pass, in bytes."""
 MAX_FILE_BYTES = 4 << 30
-"""Largest of the other files (index, tail sums, tokenizer), in bytes."""
+"""Largest of the other files (index, tail sums, sketches, tokenizer), in bytes."""
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._+\-]*"
 SAFE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,3}}", re.ASCII)
 """A relative path of plain parts: never absolute, no `.` or `..`, no backslash, nothing hidden."""
 
 OWN_FILE = re.compile(
-    rf"({re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TAIL_SUMS)}"
-    rf"|{SHARDS}/\d{{5,}}(\.arrow|\.tails\.arrow|\.json))(\.tmp-\d+)?",
+    rf"({re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TAIL_SUMS)}|{re.escape(CALIBRATION)}"
+    rf"|{SHARDS}/\d{{5,}}(\.arrow|\.tails\.arrow|\.tail_rows\.arrow|\.json)"
+    rf"|{SKETCHES}/layer_\d+(\.arrow|\.projection\.arrow|\.json))(\.tmp-\d+)?",
     re.ASCII,
 )
 """Files outside the tokenizer's folder that only a writer of caches makes."""
@@ -47,9 +52,35 @@ def tails_name(number: int) -> str:
     return f"{SHARDS}/{number:05d}.tails.arrow"
 
 
+def tail_rows_name(number: int) -> str:
+    """File of what shard ``number`` stores of the tail of each target."""
+    return f"{SHARDS}/{number:05d}.tail_rows.arrow"
+
+
 def sidecar_name(number: int) -> str:
     """File that commits shard ``number``."""
     return f"{SHARDS}/{number:05d}.json"
+
+
+def sketch_name(layer: int) -> str:
+    """File of the sketch of ``layer``."""
+    return f"{SKETCHES}/layer_{layer}.arrow"
+
+
+def projection_name(layer: int) -> str:
+    """File of what the codes of ``layer`` were computed with."""
+    return f"{SKETCHES}/layer_{layer}.projection.arrow"
+
+
+def sketch_commit_name(layer: int) -> str:
+    """File that commits the sketch of ``layer``."""
+    return f"{SKETCHES}/layer_{layer}.json"
+
+
+def limit_of(name: str) -> int:
+    """Most bytes that an Arrow file of this name has."""
+    is_shard = name.startswith(f"{SHARDS}/") and not name.endswith(".tails.arrow")
+    return MAX_SHARD_BYTES if is_shard else MAX_FILE_BYTES
 
 
 def is_safe_name(name: str) -> bool:

@@ -1,96 +1,20 @@
 """The records of a cache as models: what was written says how to read it."""
 
+import hashlib
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from distilllens_cache import layout
 from distilllens_cache.errors import CacheError
+from distilllens_cache.identity import Identity
+from distilllens_cache.record import Count, Finite, Positive, Record, Sha256, Text
 from distilllens_cache.sealed_json import seal, unseal
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Positive = Annotated[int, Field(ge=1, le=2**53)]
-VocabSize = Annotated[int, Field(ge=1, le=2**32 - 1)]
-Text = Annotated[str, StringConstraints(max_length=4096)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from distilllens_cache.tail_spec import MAX_RANK
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TokenizerIdentity(_Record):
-    """Which tokenizer the token ids belong to."""
-
-    digest: Text
-    vocab_size: VocabSize
-    """The effective vocabulary: ids at or above it never occur."""
-
-
-class Identity(_Record):
-    """Everything that decides what a cache contains. A resumed run must agree in every field."""
-
-    format_version: Positive = layout.FORMAT_VERSION
-    teacher: Text
-    """Where the teacher came from, for people."""
-    teacher_digest: Text
-    teacher_config_digest: Text
-    num_layers: Positive
-    """Layers of the teacher."""
-    dtype: Text
-    attn_implementation: Text
-    torch_version: Text
-    transformers_version: Text
-    device: Text
-    tokenizer_digest: Text
-    template_digest: Text
-    vocab_size: VocabSize
-    """The effective vocabulary: ids at or above it never occur."""
-    dataset_digest: Text
-    layers: tuple[Positive, ...]
-    """Cached layers, ascending, counted from 1; the last is the teacher's last."""
-    lens_norm: Literal["final", "none"]
-    top_k: dict[Positive, Positive]
-    """By layer: the most ids that a row keeps."""
-    store_tail: Literal["profile", "none"]
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    codec: Text
-    batch_tokens: Count
-    examples_per_shard: Count
-    seed: int
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[-1] != self.num_layers:
-            raise ValueError(
-                f"layers must ascend and end with the teacher's last, {self.num_layers}; found {list(self.layers)}"
-            )
-        if tuple(sorted(self.top_k)) != self.layers:
-            raise ValueError(f"top_k has the layers {sorted(self.top_k)}, the cache has {list(self.layers)}")
-        widest = max(self.top_k.values())
-        if widest > self.vocab_size:
-            raise ValueError(f"top_k is {widest}, more than the vocabulary of {self.vocab_size} ids")
-        return self
-
-
-READER_FIELDS = ("format_version", "tokenizer_digest", "vocab_size", "layers", "lens_norm", "temperature")
-"""Fields of an identity that a reader compares; the others are provenance to it."""
-
-
-def compare_identity(found: Identity, wanted: Identity, fields: Iterable[str] | None = None) -> list[str]:
-    """One sentence for each of ``fields`` (default: all) in which a cache differs from what a run wants."""
-    names = Identity.model_fields if fields is None else fields
-    return [
-        f"{name}: cache has {getattr(found, name)!r}, this run has {getattr(wanted, name)!r}"
-        for name in names
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """A file of the cache, and what its bytes must be."""
 
     name: Annotated[str, StringConstraints(max_length=240)]
@@ -105,7 +29,7 @@ class FileRecord(_Record):
         return self
 
 
-class LayerStats(_Record):
+class LayerStats(Record):
     """Sums over target positions of one layer."""
 
     num_targets: Count
@@ -125,15 +49,63 @@ class LayerStats(_Record):
 class ShardRecord(FileRecord):
     """A shard: some consecutive examples with all their targets."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"tail_rows"})
+
     codec: Text
     num_examples: Positive
     num_tokens: Count
     num_targets: Count
     tails: FileRecord | None
     """Its tail sums, where the cache stores them."""
+    tail_rows: FileRecord | None = None
+    """What it stores of the tail of each target, where the cache does."""
+
+    @property
+    def files(self) -> "list[FileRecord]":
+        """The shard's own file, then its tail sums and its tail rows."""
+        return [part for part in (self, self.tails, self.tail_rows) if part is not None]
+
+    def check_names(self, number: int, identity: Identity) -> None:
+        """`CacheError` unless these are the files of shard ``number`` that ``identity`` asks for."""
+        wanted = (
+            layout.shard_name(number),
+            layout.tails_name(number) if identity.profile_layers else None,
+            layout.tail_rows_name(number) if identity.tail_row_layers else None,
+        )
+        found = (self.name, self.tails and self.tails.name, self.tail_rows and self.tail_rows.name)
+        for what, name, expected in zip(("targets", "tail sums", "tail rows"), found, wanted, strict=True):
+            if name != expected:
+                raise CacheError(f"the file of the {what} of shard {number} is called {name}, not {expected}")
 
 
-class PlannedShard(_Record):
+class SketchRecord(Record):
+    """The sketch of one layer, and what its codes were computed with."""
+
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
+    """Directions."""
+    bits: Literal[4, 8]
+    """Of each code."""
+    hidden_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    """Size of the hidden states that the projection encodes."""
+    softcap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    """Logits x of the sketch stand for ``softcap * tanh(x / softcap)``, where there is one."""
+    sketch: FileRecord
+    projection: FileRecord
+
+    def check(self, layer: int, identity: Identity) -> None:
+        """`CacheError` unless this is the sketch of ``layer`` that ``identity`` asks for."""
+        spec = identity.tail_specs[layer].sketch if layer in identity.layers else None
+        if spec is None or (spec.rank, spec.bits) != (self.rank, self.bits) or self.rank > self.hidden_size:
+            raise CacheError(
+                f"the sketch of layer {layer} has rank {self.rank}, {self.bits} bits and hidden size "
+                f"{self.hidden_size}; expected is {spec or 'no sketch'}"
+            )
+        names = layout.sketch_name(layer), layout.projection_name(layer)
+        if (self.sketch.name, self.projection.name) != names:
+            raise CacheError(f"the files of layer {layer} are {self.sketch.name} and {self.projection.name}")
+
+
+class PlannedShard(Record):
     """Which examples a shard holds: ``first`` to ``stop - 1``."""
 
     name: str
@@ -141,7 +113,7 @@ class PlannedShard(_Record):
     stop: Positive
 
 
-class Plan(_Record):
+class Plan(Record):
     """Written before the teacher runs: what the cache will be."""
 
     kind: Literal["distilllens-plan"] = "distilllens-plan"
@@ -168,8 +140,10 @@ class Plan(_Record):
         return self
 
 
-class Sidecar(_Record):
+class Sidecar(Record):
     """Commits one shard: written after its files."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"sketches_sha256"})
 
     kind: Literal["distilllens-shard"] = "distilllens-shard"
     format_version: Literal[1] = layout.FORMAT_VERSION
@@ -178,10 +152,25 @@ class Sidecar(_Record):
     number: Count
     shard: ShardRecord
     layer_stats: dict[Positive, LayerStats]
+    sketches_sha256: Sha256 | None = None
+    """`sketches_digest` of the sketches that the codes of this shard belong to."""
 
 
-class Manifest(_Record):
+class SketchCommit(Record):
+    """Commits one sketch: written after its files."""
+
+    kind: Literal["distilllens-sketch"] = "distilllens-sketch"
+    format_version: Literal[1] = layout.FORMAT_VERSION
+    plan_sha256: Sha256
+    """Of the bytes of plan.json."""
+    layer: Positive
+    sketch: SketchRecord
+
+
+class Manifest(Record):
     """Written once, last: the cache is whole."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"sketches"})
 
     kind: Literal["distilllens-cache"] = "distilllens-cache"
     format_version: Literal[1] = layout.FORMAT_VERSION
@@ -194,6 +183,8 @@ class Manifest(_Record):
     tail_sums: FileRecord | None
     """Tail sums over all shards, where the cache stores them."""
     layer_stats: dict[Positive, LayerStats]
+    sketches: dict[Positive, SketchRecord] = Field(default_factory=dict)
+    """By layer, where the cache stores sketches."""
 
     @property
     def num_examples(self) -> int:
@@ -210,9 +201,10 @@ class Manifest(_Record):
     @property
     def files(self) -> list[FileRecord]:
         """Every file that the manifest names."""
-        shards = [part for shard in self.shards for part in (shard, shard.tails) if part is not None]
+        sketches = [part for record in self.sketches.values() for part in (record.sketch, record.projection)]
+        shards = [part for shard in self.shards for part in shard.files]
         sums = [] if self.tail_sums is None else [self.tail_sums]
-        return [self.index, *self.tokenizer_files, *shards, *sums]
+        return [self.index, *self.tokenizer_files, *sketches, *shards, *sums]
 
     @property
     def total_bytes(self) -> int:
@@ -224,14 +216,14 @@ class Manifest(_Record):
         _check_files(self.index, self.tokenizer_files)
         if not self.shards:
             raise ValueError("no shards")
-        has_tails = self.identity.store_tail == "profile"
         for number, shard in enumerate(self.shards):
-            if shard.name != layout.shard_name(number):
-                raise ValueError(f"shard {number} is called {shard.name}")
-            if (shard.tails and shard.tails.name) != (layout.tails_name(number) if has_tails else None):
-                raise ValueError(f"shard {number} has the wrong tail sums for store_tail={self.identity.store_tail}")
-        if (self.tail_sums and self.tail_sums.name) != (layout.TAIL_SUMS if has_tails else None):
+            shard.check_names(number, self.identity)
+        if (self.tail_sums and self.tail_sums.name) != (layout.TAIL_SUMS if self.identity.profile_layers else None):
             raise ValueError(f"the tail sums do not fit store_tail={self.identity.store_tail}")
+        if tuple(sorted(self.sketches)) != self.identity.sketch_layers:
+            raise ValueError(f"sketches of the layers {sorted(self.sketches)}, not {list(self.identity.sketch_layers)}")
+        for layer, record in self.sketches.items():
+            record.check(layer, self.identity)
         if tuple(sorted(self.layer_stats)) != self.identity.layers:
             raise ValueError(f"layer_stats has the layers {sorted(self.layer_stats)}, not {list(self.identity.layers)}")
         return self
@@ -245,10 +237,18 @@ def _check_files(index: FileRecord, tokenizer_files: tuple[FileRecord, ...]) -> 
         raise ValueError(f"tokenizer files must be different files below {layout.TOKENIZER}/; found {names[:5]}")
 
 
-Model = TypeVar("Model", Plan, Sidecar, Manifest)
+def sketches_digest(sketches: dict[int, SketchRecord], *, plan_sha256: str) -> str | None:
+    """SHA-256 of the bytes of all sketches' commit files, layers ascending; None without sketches."""
+    if not sketches:
+        return None
+    commits = (SketchCommit(plan_sha256=plan_sha256, layer=layer, sketch=sketches[layer]) for layer in sorted(sketches))
+    return hashlib.sha256(b"".join(map(to_bytes, commits))).hexdigest()
 
 
-def to_bytes(record: Plan | Sidecar | Manifest) -> bytes:
+Model = TypeVar("Model", Plan, Sidecar, SketchCommit, Manifest)
+
+
+def to_bytes(record: Plan | Sidecar | SketchCommit | Manifest) -> bytes:
     """The file of ``record``: the same bytes whenever it is equal."""
     return seal(record.model_dump(mode="json"))
 

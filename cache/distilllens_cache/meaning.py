@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from distilllens_cache.errors import CacheError
 from distilllens_cache.targets import LOG_FLOOR
 
+SOURCE_TOLERANCE = 1e-4
+"""How far the mass of a row may be from 1 when a writer gets it: float32 rounding over a large vocabulary."""
+
 
 @dataclass(frozen=True, eq=False)
 class FlatLayer:
@@ -54,9 +57,7 @@ def check_layer(
     def refuse(row: int, what: str) -> CacheError:
         return CacheError(f"{where(row)}: {what}.")
 
-    bad = _first((counts < 1) | (counts > top_k))
-    if bad is not None:
-        raise refuse(bad, f"the row keeps {int(counts[bad])} ids; expected are 1 to {top_k}")
+    check_counts(counts, top_k=top_k, where=where)
     ends = np.cumsum(counts)
     starts = ends - counts
     total = int(ends[-1]) if len(ends) else 0
@@ -72,26 +73,38 @@ def check_layer(
     if total and int(ids.max()) >= vocab_size:
         at = int(ids.argmax())
         raise refuse(row_of(at), f"token id {int(ids[at])}, but the vocabulary has {vocab_size} ids")
-    bad = _first(~((log_probs <= 0) & (log_probs > -np.inf)))
+    bad = first(~((log_probs <= 0) & (log_probs > -np.inf)))
     if bad is not None:
         raise refuse(row_of(bad), f"a log-probability of {log_probs[bad]}; expected are finite numbers up to 0")
     rises = log_probs[1:] > log_probs[:-1]
     rises[starts[1:] - 1] = False
-    bad = _first(rises)
+    bad = first(rises)
     if bad is not None:
         raise refuse(row_of(bad), "the ids are not sorted by falling probability")
-    bad = _first(~((log_rest <= 0) & (log_rest >= LOG_FLOOR)))
+    bad = first(~((log_rest <= 0) & (log_rest >= LOG_FLOOR)))
     if bad is not None:
         raise refuse(bad, f"the log of the rest is {log_rest[bad]}; expected is a number from {LOG_FLOOR:g} to 0")
     kept = np.add.reduceat(np.exp(log_probs), starts, dtype=np.float64) if total else np.zeros(0)
     mass = kept + np.exp(log_rest, dtype=np.float64)
-    bad = _first(np.abs(mass - 1) > mass_tolerance)
-    if bad is not None:
-        raise refuse(bad, f"the row's probabilities and its rest add up to {mass[bad]:.6f} instead of 1")
-    bad = _first_repeat(counts, starts, ids)
+    check_mass(mass, tolerance=mass_tolerance, where=where)
+    bad = first_repeat(counts, starts, ids)
     if bad is not None:
         raise refuse(bad, "a token id occurs twice in the row")
     return CheckedLayer(starts, mass, kept)
+
+
+def check_counts(counts: NDArray[np.int64], *, top_k: int, where: Callable[[int], str]) -> None:
+    """Refuse rows that keep nothing, or more than ``top_k`` ids."""
+    bad = first((counts < 1) | (counts > top_k))
+    if bad is not None:
+        raise CacheError(f"{where(bad)}: the row keeps {int(counts[bad])} ids; expected are 1 to {top_k}.")
+
+
+def check_mass(mass: NDArray[np.float64], *, tolerance: float, where: Callable[[int], str]) -> None:
+    """Refuse rows whose mass is not 1 within ``tolerance``."""
+    bad = first(~(np.abs(mass - 1) <= tolerance))
+    if bad is not None:
+        raise CacheError(f"{where(bad)}: the row's probabilities and its rest add up to {mass[bad]:.6f} instead of 1.")
 
 
 def entropy_bound(flat: FlatLayer, checked: CheckedLayer) -> float:
@@ -103,12 +116,13 @@ def entropy_bound(flat: FlatLayer, checked: CheckedLayer) -> float:
     return max(0.0, float(-(kept.sum(dtype=np.float64) + rest.sum())))
 
 
-def _first(is_bad: NDArray[np.bool_]) -> int | None:
+def first(is_bad: NDArray[np.bool_]) -> int | None:
+    """Where the first True is."""
     at = int(is_bad.argmax()) if len(is_bad) else 0
     return at if len(is_bad) and is_bad[at] else None
 
 
-def _first_repeat(counts: NDArray[np.int64], starts: NDArray[np.int64], ids: NDArray[np.uint32]) -> int | None:
+def first_repeat(counts: NDArray[np.int64], starts: NDArray[np.int64], ids: NDArray[np.uint32]) -> int | None:
     """A row with the same id twice. Rows of like length are sorted together: padding at most doubles them."""
     size_class = np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64)
     for size in np.unique(size_class):
@@ -127,7 +141,7 @@ def _first_repeat(counts: NDArray[np.int64], starts: NDArray[np.int64], ids: NDA
             block[~is_kept] = 0xFFFFFFFF
         block.sort(axis=1)
         repeats = (block[:, 1:] == block[:, :-1]) & (block[:, 1:] != 0xFFFFFFFF)
-        bad = _first(repeats.any(axis=1))
+        bad = first(repeats.any(axis=1))
         if bad is not None:
             return int(rows[bad])
     return None

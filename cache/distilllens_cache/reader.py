@@ -11,9 +11,13 @@ from distilllens_cache import layout
 from distilllens_cache.codec import find_codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain, read_recorded
+from distilllens_cache.identity import READER_FIELDS
 from distilllens_cache.index import Index
-from distilllens_cache.manifest import READER_FIELDS, Manifest, from_bytes
+from distilllens_cache.manifest import Manifest, from_bytes
 from distilllens_cache.shard import Expected, decode_shard
+from distilllens_cache.sketch import Sketch
+from distilllens_cache.sketch_store import read_sketch
+from distilllens_cache.tail_rows import decode_tail_rows
 from distilllens_cache.tail_sums import decode_tails
 from distilllens_cache.targets import CachedExample
 
@@ -23,10 +27,11 @@ class CacheReader:
 
     Opening reads the manifest and the index. Everything else is read when asked for, each file digested
     before it is parsed; whatever is wrong is a `CacheError` that names the file. Arrays are read-only,
-    since examples are shared.
+    since examples are shared. Without ``tail_rows`` those files are not read, and targets have neither
+    codes nor samples.
     """
 
-    def __init__(self, folder: Path | str, *, shards_in_memory: int = 4) -> None:
+    def __init__(self, folder: Path | str, *, shards_in_memory: int = 4, tail_rows: bool = True) -> None:
         self.folder = Path(folder)
         data = read_manifest(self.folder)
         self.digest = hashlib.sha256(data).hexdigest()
@@ -47,6 +52,8 @@ class CacheReader:
         """(N,) number of the shard that holds each example."""
         self._starts = np.concatenate([[0], stops])
         self._check_sums()
+        self.tail_rows = tail_rows
+        """Whether codes and samples are read; may be changed before the first example is."""
         self._shards_in_memory = max(1, shards_in_memory)
         self._decoded: dict[int, list[CachedExample]] = {}
 
@@ -79,7 +86,24 @@ class CacheReader:
         first, stop = int(self._starts[number]), int(self._starts[number + 1])
         expected = Expected(first, [self._index[place] for place in range(first, stop)])
         data = read_recorded(self.folder, record, max_bytes=layout.MAX_SHARD_BYTES)
-        return decode_shard(data, expected, self.manifest.identity, find_codec(record.codec), name=record.name)
+        examples = decode_shard(data, expected, self.manifest.identity, find_codec(record.codec), name=record.name)
+        if self.tail_rows:
+            self.add_tail_rows(number, examples)
+        return examples
+
+    def add_tail_rows(self, number: int, examples: list[CachedExample]) -> None:
+        """Read what a shard stores of each target's tail, if anything, into its ``examples``."""
+        shard = self.manifest.shards[number]
+        if shard.tail_rows is None:
+            return
+        name, is_lossless = shard.tail_rows.name, find_codec(shard.codec).is_lossless
+        data = read_recorded(self.folder, shard.tail_rows, max_bytes=layout.MAX_SHARD_BYTES)
+        decode_tail_rows(data, examples, self.manifest.identity, is_lossless=is_lossless, name=name)
+
+    def sketches(self) -> dict[int, Sketch]:
+        """Sketches by layer, read and checked anew; empty if none are stored."""
+        identity = self.manifest.identity
+        return {layer: read_sketch(self.folder, record, identity) for layer, record in self.manifest.sketches.items()}
 
     def tail_sums(self) -> dict[int, NDArray[np.int64]]:
         """Tail sums of the cache by layer, (V,) in units of 1 / `FIXED_POINT`; empty if none are stored."""

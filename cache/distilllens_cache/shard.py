@@ -1,21 +1,21 @@
 """A shard's file: examples in, bytes and sums out; and back, after everything was checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distilllens_cache.arrow_file import declared_buffers, from_arrow, to_arrow
-from distilllens_cache.codec import SOURCE_TOLERANCE, Codec, find_codec, shard_schema
+from distilllens_cache.arrow_file import declared_buffers, from_arrow, num_buffers, to_arrow
+from distilllens_cache.codec import find_codec, shard_schema
 from distilllens_cache.errors import CacheError
-from distilllens_cache.manifest import Identity, LayerStats
-from distilllens_cache.meaning import CheckedLayer, FlatLayer, check_layer, entropy_bound
-from distilllens_cache.targets import LOG_FLOOR, CachedExample, LayerTargets, PlannedExample, example_digest
-
-_BUFFERS_BEFORE_LAYERS = 2 + 3 + 4 + 4
-_BUFFERS_PER_COLUMN = 4
+from distilllens_cache.identity import Identity
+from distilllens_cache.layer_codec import Codec, LayerPlace, LayerShape
+from distilllens_cache.lists import bounds_of, lists_of, place_of
+from distilllens_cache.manifest import LayerStats
+from distilllens_cache.meaning import SOURCE_TOLERANCE, CheckedLayer, FlatLayer, check_layer, entropy_bound
+from distilllens_cache.targets import CachedExample, LayerTargets, PlannedExample, example_digest
 
 
 class EncodedShard(NamedTuple):
@@ -46,63 +46,47 @@ def encode_shard(
 ) -> EncodedShard:
     """The file of ``examples``, which must be the expected ones and make sense.
 
-    A layer's ``bytes`` are the compressed sizes of its four columns' buffers as they lie in the file, without
+    A layer's ``bytes`` are the compressed sizes of its columns' buffers as they lie in the file, without
     padding and metadata.
     """
     codec = find_codec(identity.codec)
     _check_examples(examples, expected, identity, name)
-    schema = shard_schema(codec, identity.layers, identity.top_k)
-    row_bounds = _bounds([len(example.target_positions) for example in examples])
+    schema = shard_schema(codec, identity.layers, identity.top_k, identity.vocab_size)
+    row_bounds = bounds_of([len(example.target_positions) for example in examples])
     columns: list[pa.Array] = [
         pa.array([example.index for example in examples], pa.int64()),
         pa.array([example.id for example in examples], pa.string()),
-        _lists(
-            np.concatenate([example.token_ids for example in examples]),
-            _bounds([len(example.token_ids) for example in examples]),
-            schema.field("token_ids"),
-        ),
-        _lists(
-            np.concatenate([example.target_positions for example in examples]),
-            row_bounds,
-            schema.field("target_positions"),
-        ),
+        _joined([example.token_ids for example in examples], schema.field("token_ids")),
+        _joined([example.target_positions for example in examples], schema.field("target_positions")),
     ]
-    flats: dict[int, tuple[FlatLayer, CheckedLayer]] = {}
+    flats: dict[int, tuple[FlatLayer, CheckedLayer, slice]] = {}
     for layer in identity.layers:
-        targets = [example.targets[layer] for example in examples]
-        flat = FlatLayer(
-            np.concatenate([part.counts for part in targets]).astype(np.int64),
-            np.concatenate([part.ids for part in targets]),
-            np.concatenate([part.log_probs for part in targets]),
-            np.concatenate([part.log_rest for part in targets]),
-        )
+        flat = _flat([example.targets[layer] for example in examples])
+        shape = LayerShape(layer, identity.top_k[layer], identity.vocab_size)
+        place = LayerPlace(row_bounds, f"{name}, layer {layer}", place_of(examples, name, layer))
         checked = check_layer(
             flat,
-            top_k=identity.top_k[layer],
-            vocab_size=identity.vocab_size,
+            top_k=shape.top_k,
+            vocab_size=shape.vocab_size,
             mass_tolerance=SOURCE_TOLERANCE,
-            where=_where(examples, name, layer),
+            where=place.where,
         )
-        flats[layer] = flat, checked
-        cell_bounds = _bounds([len(part.ids) for part in targets])
-        columns += [
-            _lists(flat.counts, row_bounds, schema.field(f"layer_{layer}_counts")),
-            _lists(flat.ids, cell_bounds, schema.field(f"layer_{layer}_ids")),
-            _lists(_quantised(flat.log_probs, codec), cell_bounds, schema.field(f"layer_{layer}_log_probs")),
-            _lists(_quantised(flat.log_rest, codec), row_bounds, schema.field(f"layer_{layer}_log_rest")),
-        ]
-    data = to_arrow(pa.RecordBatch.from_arrays(columns, schema=schema))
+        encoded = codec.encode(flat, shape, place)
+        flats[layer] = flat, checked, slice(len(columns), len(columns) + len(encoded))
+        columns += encoded
+    data = to_arrow(pa.RecordBatch.from_arrays(columns, schema=schema), level=codec.compression_level)
     sizes = [buffer.stored for buffer in declared_buffers(data, name=name)]
-    stats = {}
-    for number, (layer, (flat, checked)) in enumerate(flats.items()):
-        at = _BUFFERS_BEFORE_LAYERS + number * 4 * _BUFFERS_PER_COLUMN
-        stats[layer] = LayerStats(
+    buffers = bounds_of([num_buffers(field.type) for field in schema])
+    stats = {
+        layer: LayerStats(
             num_targets=len(flat.counts),
             num_ids=len(flat.ids),
             kept_mass=float(checked.kept.sum()),
             entropy=entropy_bound(flat, checked),
-            bytes=sum(sizes[at : at + 4 * _BUFFERS_PER_COLUMN]),
+            bytes=sum(sizes[buffers[own.start] : buffers[own.stop]]),
         )
+        for layer, (flat, checked, own) in flats.items()
+    }
     return EncodedShard(data, stats)
 
 
@@ -113,64 +97,44 @@ def decode_shard(
     num_rows = len(expected.examples)
     batch = from_arrow(
         data,
-        shard_schema(codec, identity.layers, identity.top_k),
+        shard_schema(codec, identity.layers, identity.top_k, identity.vocab_size),
         num_rows=num_rows,
         name=name,
         max_bytes=_most_bytes(expected, identity, codec),
     )
     tokens = _split(batch.column("token_ids"))
     positions = _split(batch.column("target_positions"))
-    bounds = _bounds([len(part) for part in positions])
+    row_bounds = bounds_of([len(part) for part in positions])
     places, ids = batch.column("index").to_pylist(), batch.column("id").to_pylist()
     examples = [CachedExample(places[n], ids[n], tokens[n], positions[n], {}) for n in range(num_rows)]
     _check_examples(examples, expected, identity, name, has_targets=False)
     for layer in identity.layers:
-        _decode_layer(batch, examples, bounds, layer, identity, codec, name)
+        shape = LayerShape(layer, identity.top_k[layer], identity.vocab_size)
+        place = LayerPlace(row_bounds, f"{name}, layer {layer}", place_of(examples, name, layer))
+        columns = [batch.column(field.name) for field in codec.fields(shape)]
+        _hand_out(codec.decode(columns, shape, place), examples, place, layer)
     return examples
 
 
-def _decode_layer(
-    batch: pa.RecordBatch,
-    examples: list[CachedExample],
-    bounds: NDArray[np.int64],
-    layer: int,
-    identity: Identity,
-    codec: Codec,
-    name: str,
-) -> None:
-    def column(part: str) -> pa.ListArray:
-        return batch.column(f"layer_{layer}_{part}")
-
-    for part in ("counts", "log_rest"):
-        if not np.array_equal(column(part).offsets.to_numpy(), bounds):
-            raise CacheError(f"{name}, layer {layer}: the {part} are not one for each target position.")
-    log_probs = column("log_probs").values.to_numpy().astype(np.float32, copy=False)
-    log_rest = column("log_rest").values.to_numpy().astype(np.float32, copy=False)
-    counts = column("counts").values.to_numpy().astype(np.int64)
-    flat = FlatLayer(counts, column("ids").values.to_numpy(), log_probs, log_rest)
-    where = _where(examples, name, layer)
-    checked = check_layer(
-        flat,
-        top_k=identity.top_k[layer],
-        vocab_size=identity.vocab_size,
-        mass_tolerance=codec.mass_tolerance,
-        where=where,
+def _flat(targets: Sequence[LayerTargets]) -> FlatLayer:
+    return FlatLayer(
+        np.concatenate([part.counts for part in targets]).astype(np.int64),
+        np.concatenate([part.ids for part in targets]),
+        np.concatenate([part.log_probs for part in targets]),
+        np.concatenate([part.log_rest for part in targets]),
     )
-    if not codec.is_lossless:
-        log_mass = np.log(checked.mass).astype(np.float32)
-        log_probs = np.minimum(log_probs - np.repeat(log_mass, counts), 0)
-        log_rest = np.clip(log_rest - log_mass, LOG_FLOOR, 0)
-    at = np.concatenate([checked.starts, [len(flat.ids)]])[bounds]
-    for part in ("ids", "log_probs"):
-        if not np.array_equal(column(part).offsets.to_numpy(), at):
-            raise CacheError(f"{name}, layer {layer}: the {part} of an example are not as many as its counts say.")
-    narrow = counts.astype(np.int32)
-    for array in (narrow, flat.ids, log_probs, log_rest):
+
+
+def _hand_out(flat: FlatLayer, examples: Sequence[CachedExample], place: LayerPlace, layer: int) -> None:
+    """Give each example its part."""
+    counts = flat.counts.astype(np.int32)
+    for array in (counts, flat.ids, flat.log_probs, flat.log_rest):
         array.flags.writeable = False
+    row_at, cell_at = place.row_bounds.tolist(), place.cell_bounds(np.cumsum(flat.counts)).tolist()
     for number, example in enumerate(examples):
-        rows = slice(bounds[number], bounds[number + 1])
-        cells = slice(at[number], at[number + 1])
-        example.targets[layer] = LayerTargets(narrow[rows], flat.ids[cells], log_probs[cells], log_rest[rows])
+        rows = slice(row_at[number], row_at[number + 1])
+        cells = slice(cell_at[number], cell_at[number + 1])
+        example.targets[layer] = LayerTargets(counts[rows], flat.ids[cells], flat.log_probs[cells], flat.log_rest[rows])
 
 
 def _check_examples(
@@ -227,35 +191,9 @@ def _check_shapes(example: CachedExample, identity: Identity, found: str) -> Non
             )
 
 
-def _where(examples: Sequence[CachedExample], name: str, layer: int) -> Callable[[int], str]:
-    def where(row: int) -> str:
-        for example in examples:
-            if row < len(example.target_positions):
-                place = f"example {example.index} ({example.id[:80]!r}), position {example.target_positions[row]}"
-                return f"{name}, layer {layer}, {place}"
-            row -= len(example.target_positions)
-        return f"{name}, layer {layer}"
-
-    return where
-
-
-def _bounds(lengths: Sequence[int]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-def _quantised(values: NDArray[np.float32], codec: Codec) -> NDArray:
-    return values if codec.is_lossless else np.maximum(values, np.finfo(codec.dtype).min).astype(codec.dtype)
-
-
-def _lists(values: NDArray, bounds: NDArray[np.int64], field: pa.Field) -> pa.ListArray:
-    """One list for each example."""
-    if bounds[-1] >= 2**31:
-        raise CacheError(
-            f"a shard has {bounds[-1]} values in {field.name}, too many for one file. Lower --examples-per-shard."
-        )
-    kind = field.type.value_type
-    items = pa.array(values.astype(kind.to_pandas_dtype(), copy=False), kind)
-    return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), items, type=field.type)
+def _joined(parts: Sequence[NDArray[np.uint32]], field: pa.Field) -> pa.ListArray:
+    """A column with one list for each example."""
+    return lists_of(pa.array(np.concatenate(parts), pa.uint32()), bounds_of([len(part) for part in parts]), field)
 
 
 def _split(column: pa.ListArray) -> list[NDArray]:
@@ -270,7 +208,7 @@ def _most_bytes(expected: Expected, identity: Identity, codec: Codec) -> int:
     strings = sum(len(example.id.encode()) for example in expected.examples)
     most = 8 * rows + strings + 4 * (expected.num_tokens + targets) + 6 * lists
     for layer in identity.layers:
-        cells = targets * identity.top_k[layer]
-        most += targets * (4 + codec.dtype.itemsize) + cells * (4 + codec.dtype.itemsize) + 4 * lists
+        shape = LayerShape(layer, identity.top_k[layer], identity.vocab_size)
+        most += targets * codec.row_bytes(shape) + codec.layer_bytes(shape) + 4 * lists
     # Every buffer may have a bitmap of validity beside it and is padded to 64 bytes.
     return 2 * most + 128 * (8 + 8 * len(identity.layers))

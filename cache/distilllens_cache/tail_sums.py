@@ -29,7 +29,7 @@ def tail_profile(sums: ArrayLike, uniform: float = 1e-3) -> NDArray[np.float64]:
 def encode_tails(tails: dict[int, NDArray[np.int64]], identity: Identity, *, num_targets: int, name: str) -> memoryview:
     """The file of some tail sums, after their meaning was checked."""
     check_tails(tails, identity, num_targets=num_targets, name=name)
-    columns = [pa.array(np.ascontiguousarray(tails[layer]), pa.int64()) for layer in identity.layers]
+    columns = [pa.array(np.ascontiguousarray(tails[layer]), pa.int64()) for layer in identity.profile_layers]
     return to_arrow(pa.RecordBatch.from_arrays(columns, schema=_schema(identity)))
 
 
@@ -40,17 +40,18 @@ def decode_tails(data: bytes, identity: Identity, *, num_targets: int, name: str
         _schema(identity),
         num_rows=identity.vocab_size,
         name=name,
-        max_bytes=len(identity.layers) * (8 * identity.vocab_size + 256),
+        max_bytes=len(identity.profile_layers) * (8 * identity.vocab_size + 256),
     )
-    tails = {layer: batch.column(number).to_numpy() for number, layer in enumerate(identity.layers)}
+    tails = {layer: batch.column(number).to_numpy() for number, layer in enumerate(identity.profile_layers)}
     check_tails(tails, identity, num_targets=num_targets, name=name)
     return tails
 
 
 def check_tails(tails: dict[int, NDArray[np.int64]], identity: Identity, *, num_targets: int, name: str) -> None:
     """Refuse tail sums of other layers or sizes, and sums that so many targets cannot have."""
-    if sorted(tails) != list(identity.layers):
-        raise CacheError(f"{name} has tail sums of the layers {sorted(tails)}; expected are {list(identity.layers)}.")
+    layers = list(identity.profile_layers)
+    if sorted(tails) != layers:
+        raise CacheError(f"{name} has tail sums of the layers {sorted(tails)}; expected are {layers}.")
     most = num_targets * (FIXED_POINT + identity.vocab_size)
     for layer, sums in tails.items():
         if sums.shape != (identity.vocab_size,) or sums.dtype != np.int64:
@@ -73,4 +74,4 @@ def add_tails(total: dict[int, NDArray[np.int64]], part: dict[int, NDArray[np.in
 
 
 def _schema(identity: Identity) -> pa.Schema:
-    return pa.schema([pa.field(f"layer_{layer}", pa.int64(), nullable=False) for layer in identity.layers])
+    return pa.schema([pa.field(f"layer_{layer}", pa.int64(), nullable=False) for layer in identity.profile_layers])

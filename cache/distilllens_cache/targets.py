@@ -13,6 +13,25 @@ LOG_FLOOR = -100.0
 
 
 @dataclass(frozen=True, eq=False)
+class TailSamples:
+    """Draws, with replacement, from the tails of one example at one layer: T ragged rows, stored flat."""
+
+    counts: NDArray[np.int32]
+    """(T,) how many different ids were drawn in each row; 0 where there is next to no tail."""
+    ids: NDArray[np.uint32]
+    """(sum of counts,) the ids, ascending in each row; none is kept by its row."""
+    draws: NDArray[np.uint16]
+    """(sum of counts,) how often each was drawn, at least once."""
+    log_probs: NDArray[np.float32]
+    """(sum of counts,) the teacher's log-probability of the id in nats, over the whole vocabulary."""
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """(T + 1,) row t lies in ``ids[offsets[t]:offsets[t + 1]]``."""
+        return np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+
+
+@dataclass(frozen=True, eq=False)
 class LayerTargets:
     """Sparse distributions of one example at one layer: T ragged rows, stored flat.
 
@@ -27,6 +46,10 @@ class LayerTargets:
     """(sum of counts,) their log-probabilities in nats, over the whole vocabulary, not over the row."""
     log_rest: NDArray[np.float32]
     """(T,) log of the probability of all other tokens together, in nats, finite, at least -100."""
+    codes: NDArray[np.int8] | None = None
+    """(T, r) each row's codes of the layer's sketch, where the cache stores one."""
+    samples: TailSamples | None = None
+    """Draws from each row's tail, where the cache stores them."""
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:

@@ -12,8 +12,18 @@ from distilllens_cache import layout
 from distilllens_cache.canary import CanaryResult, canary
 from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain, read_recorded
-from distilllens_cache.manifest import FileRecord, LayerStats, Plan, Sidecar, from_bytes
+from distilllens_cache.manifest import (
+    FileRecord,
+    LayerStats,
+    Plan,
+    Sidecar,
+    SketchCommit,
+    SketchRecord,
+    from_bytes,
+    sketches_digest,
+)
 from distilllens_cache.reader import CacheReader
+from distilllens_cache.sketch_store import read_projection, read_sketch
 from distilllens_cache.tail_sums import add_tails, decode_tails
 from distilllens_cache.targets import CachedExample
 
@@ -66,7 +76,7 @@ class _Check:
     def run(self) -> VerifyReport:
         reader = None
         with _Noted(self, layout.MANIFEST):
-            reader = CacheReader(self.folder)
+            reader = CacheReader(self.folder, tail_rows=False)
         if reader is None:
             self._without_a_manifest()
             return self.report
@@ -83,6 +93,8 @@ class _Check:
         if not any(problem.file.startswith(layout.TOKENIZER) for problem in self.report.problems):
             with _Noted(self, layout.TOKENIZER):
                 _ = reader.tokenizer_folder
+        for layer, record in manifest.sketches.items():
+            self._check_sketch(reader, layer, record)
         with _Noted(self, layout.MANIFEST):
             self.report.canary = canary(self._check_shards(reader), manifest.identity.num_layers)
         if self.report.canary is not None:
@@ -113,6 +125,28 @@ class _Check:
         ):
             raise CacheError("plan and manifest contradict each other")
 
+    def _check_sketch(self, reader: CacheReader, layer: int, record: SketchRecord) -> None:
+        manifest = reader.manifest
+        with _Noted(self, record.sketch.name):
+            read_sketch(self.folder, record, manifest.identity)
+            self._count(record.sketch.name, record.sketch.size)
+        with _Noted(self, record.projection.name):
+            read_projection(self.folder, record)
+            self._count(record.projection.name, record.projection.size)
+        with _Noted(self, layout.sketch_commit_name(layer)):
+            commit = self._commit(layer)
+            if (commit.plan_sha256, commit.layer) != (manifest.plan_sha256, layer):
+                raise CacheError("it belongs to another plan or layer")
+            if commit.sketch != record:
+                raise CacheError("the record of this sketch and that in the manifest contradict each other")
+
+    def _commit(self, layer: int) -> SketchCommit:
+        name = layout.sketch_commit_name(layer)
+        data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
+        commit = from_bytes(SketchCommit, data, name=name)
+        self._count(name, len(data))
+        return commit
+
     def _check_shards(self, reader: CacheReader) -> Iterator[CachedExample]:
         """Check all shards and their sums; give the examples that the canary wants on the way."""
         manifest = reader.manifest
@@ -125,6 +159,10 @@ class _Check:
             with _Noted(self, shard.name):
                 examples = reader.read_shard(number)
                 self._count(shard.name, shard.size)
+            if shard.tail_rows is not None:
+                with _Noted(self, shard.tail_rows.name):
+                    self._check_tail_rows(reader, number, examples)
+                    self._count(shard.tail_rows.name, shard.tail_rows.size)
             with _Noted(self, layout.sidecar_name(number)) as sidecar_checked:
                 for layer, more in self._check_sidecar(reader, number, examples).layer_stats.items():
                     stats[layer] = stats[layer] + more if layer in stats else more
@@ -144,6 +182,14 @@ class _Check:
         if are_whole and stats != manifest.layer_stats:
             self._note(layout.MANIFEST, "its layer statistics are not the sums of those of the shards")
 
+    def _check_tail_rows(self, reader: CacheReader, number: int, examples: list[CachedExample]) -> None:
+        """What they mean can only be told beside sound targets."""
+        record = reader.manifest.shards[number].tail_rows
+        if examples:
+            reader.add_tail_rows(number, examples)
+        elif record is not None:
+            read_recorded(self.folder, record, max_bytes=layout.MAX_SHARD_BYTES)
+
     def _check_sidecar(self, reader: CacheReader, number: int, examples: list[CachedExample]) -> Sidecar:
         name = layout.sidecar_name(number)
         data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
@@ -154,6 +200,8 @@ class _Check:
             raise CacheError("it belongs to another plan or shard")
         if sidecar.shard != manifest.shards[number]:
             raise CacheError("sidecar and manifest contradict each other")
+        if sidecar.sketches_sha256 != sketches_digest(manifest.sketches, plan_sha256=manifest.plan_sha256):
+            raise CacheError("its codes belong to other sketches than those of the manifest")
         for layer, stats in sidecar.layer_stats.items() if examples else ():
             num_ids = sum(len(example.targets[layer].ids) for example in examples)
             if (stats.num_targets, stats.num_ids) != (sidecar.shard.num_targets, num_ids):
@@ -167,27 +215,46 @@ class _Check:
         return tails
 
     def _without_a_manifest(self) -> None:
-        """Check what else can be: the plan, and the files of the shards that were committed."""
+        """Check what else can be: the plan, and the files of the sketches and shards that were committed."""
         if not (self.folder / layout.PLAN).is_file():
             return
         with _Noted(self, layout.PLAN):
             data = read_plain(self.folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
-            plan = from_bytes(Plan, data, name=layout.PLAN)
+            plan, digest = from_bytes(Plan, data, name=layout.PLAN), hashlib.sha256(data).hexdigest()
             self._count(layout.PLAN, len(data))
+            sketches = self._committed_sketches(plan, digest)
             records = [plan.index, *plan.tokenizer_files]
+            records += [file for record in sketches.values() for file in (record.sketch, record.projection)]
             for number in range(len(plan.shards)):
                 name = layout.sidecar_name(number)
                 if not (self.folder / name).is_file():
                     continue
                 with _Noted(self, name):
                     data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
-                    shard = from_bytes(Sidecar, data, name=name).shard
+                    sidecar = from_bytes(Sidecar, data, name=name)
                     self._count(name, len(data))
-                    records += [shard] if shard.tails is None else [shard, shard.tails]
+                    records += sidecar.shard.files
+                    if sidecar.sketches_sha256 != sketches_digest(sketches, plan_sha256=digest):
+                        raise CacheError("its codes belong to other sketches than those that are there")
             for record in records:
                 with _Noted(self, record.name):
-                    read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+                    read_recorded(self.folder, record, max_bytes=layout.limit_of(record.name))
                     self._count(record.name, record.size)
+
+    def _committed_sketches(self, plan: Plan, plan_sha256: str) -> dict[int, SketchRecord]:
+        """The records of the sketches that are there, of layers that the plan has."""
+        found: dict[int, SketchRecord] = {}
+        for layer in plan.identity.sketch_layers:
+            name = layout.sketch_commit_name(layer)
+            if not (self.folder / name).is_file():
+                continue
+            with _Noted(self, name):
+                commit = self._commit(layer)
+                if (commit.plan_sha256, commit.layer) != (plan_sha256, layer):
+                    raise CacheError("it belongs to another plan or layer")
+                commit.sketch.check(layer, plan.identity)
+                found[layer] = commit.sketch
+        return found
 
     def _count(self, name: str, num_bytes: int) -> None:
         self.report.files += 1

@@ -13,21 +13,23 @@ from distilllens_cache import folder as folder_state
 from distilllens_cache.codec import find_codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain, read_recorded, record_of
+from distilllens_cache.identity import Identity, compare_identity
 from distilllens_cache.index import Index, index_bytes
 from distilllens_cache.manifest import (
     FileRecord,
-    Identity,
     LayerStats,
     Manifest,
     Plan,
     PlannedShard,
     ShardRecord,
     Sidecar,
-    compare_identity,
     from_bytes,
     to_bytes,
 )
 from distilllens_cache.shard import Expected, encode_shard
+from distilllens_cache.sketch import Projection, Sketch
+from distilllens_cache.sketch_store import SketchStore
+from distilllens_cache.tail_rows import encode_tail_rows
 from distilllens_cache.tail_sums import add_tails, decode_tails, encode_tails
 from distilllens_cache.targets import CachedExample, PlannedExample
 
@@ -38,6 +40,8 @@ class CacheWriter:
     Every file appears whole or not at all, so the process may be killed at any moment: a shard is done once
     its sidecar is there, and the cache once its manifest is. A run that continues ends with the bytes of an
     undisturbed one, as far as the teacher gives the same targets again.
+
+    Where the identity asks for sketches, they come before all shards: `missing_sketches`, `write_sketch`.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class CacheWriter:
         self.folder = Path(folder)
         self.identity = identity
         self.bytes_written = 0
-        """Bytes that this writer has put into shards and their tail sums."""
+        """Bytes that this writer has put into shards, their tail sums and their tail rows."""
         self._examples = examples
         find_codec(identity.codec)
         _check_ranges(shards, len(examples))
@@ -87,16 +91,36 @@ class CacheWriter:
             atomic.make_folder(self.folder / name)
         self._plan_sha256 = hashlib.sha256(to_bytes(self._plan)).hexdigest()
         self._repair({self._plan.index.name: index, **tokenizer})
+        self._sketches = SketchStore(self.folder, identity, self._plan_sha256)
         self._done: dict[int, Sidecar] = {}
-        for number in range(len(shards)):
-            sidecar = self._committed(number)
-            if sidecar is not None:
-                self._done[number] = sidecar
+        self._find_committed()
         self.finished = self._is_finished()
         """Whether the cache is whole: nothing to do."""
 
+    def missing_sketches(self) -> list[int]:
+        """Layers whose sketch is still to be written, ascending."""
+        return self._sketches.missing()
+
+    def sketches(self) -> dict[int, tuple[Sketch, Projection]]:
+        """The sketches that are written, by layer, read and checked anew; empty if none are stored."""
+        return self._sketches.read()
+
+    def write_sketch(self, layer: int, sketch: Sketch, projection: Projection) -> None:
+        """Write the sketch of a layer and what encodes its codes. Shards made with another one are undone."""
+        self._sketches.write(layer, sketch, projection)
+        self._find_committed()
+
+    def read_calibration(self) -> bytes | None:
+        """What `write_calibration` kept last; None if there is nothing, or nothing sound."""
+        return self._sketches.read_calibration()
+
+    def write_calibration(self, data: bytes) -> None:
+        """Keep the state of a calibration pass until the last sketch is written, at most 1 GiB."""
+        self._sketches.write_calibration(data)
+
     def unfinished(self) -> list[int]:
-        """Numbers of the shards still to be written, ascending."""
+        """Numbers of the shards still to be written, ascending. Sketches come before: `missing_sketches`."""
+        self._require_sketches()
         return [number for number in range(len(self._plan.shards)) if number not in self._done]
 
     def write_shard(
@@ -105,47 +129,51 @@ class CacheWriter:
         examples: Sequence[CachedExample],
         tail_sums: dict[int, NDArray[np.int64]] | None = None,
     ) -> None:
-        """Check what the examples of a shard mean, then write it, its tail sums and, last, its sidecar.
+        """Check what the examples of a shard mean, then write it, what is stored of its tails, and last its sidecar.
 
-        ``examples`` are the plan's, in its order; ``tail_sums`` are (V,) by layer in units of 1 /
-        `FIXED_POINT`, or None where the identity stores none.
+        ``examples`` are the plan's, in its order, with codes and samples where the identity stores them;
+        ``tail_sums`` are (V,) in units of 1 / `FIXED_POINT` by layer that stores a profile, or None if none does.
         """
+        self._require_sketches()
         if number in self._done or not 0 <= number < len(self._plan.shards):
             raise CacheError(f"shard {number} is not one of the shards still to be written in {self.folder}.")
-        if (tail_sums is not None) != (self.identity.store_tail == "profile"):
+        if (tail_sums is not None) != bool(self.identity.profile_layers):
             raise CacheError(f"tail sums do not fit store_tail={self.identity.store_tail} of shard {number}.")
         planned = self._plan.shards[number]
         expected = Expected(planned.first, self._examples[planned.first : planned.stop])
         encoded = encode_shard(examples, expected, self.identity, name=planned.name)
-        record = record_of(planned.name, encoded.data)
-        if record.size > layout.MAX_SHARD_BYTES:
-            raise CacheError(
-                f"{planned.name} would have {record.size} bytes; at most {layout.MAX_SHARD_BYTES} are "
-                f"allowed. Lower --examples-per-shard."
-            )
-        tails, tails_record = None, None
+        contents = {planned.name: encoded.data}
+        tails, tail_rows = layout.tails_name(number), layout.tail_rows_name(number)
         if tail_sums is not None:
-            name = layout.tails_name(number)
-            tails = encode_tails(tail_sums, self.identity, num_targets=expected.num_targets, name=name)
-            tails_record = record_of(name, tails)
+            contents[tails] = encode_tails(tail_sums, self.identity, num_targets=expected.num_targets, name=tails)
+        is_lossless = find_codec(self.identity.codec).is_lossless
+        if self.identity.tail_row_layers:
+            contents[tail_rows] = encode_tail_rows(examples, self.identity, is_lossless=is_lossless, name=tail_rows)
+        records = {name: record_of(name, data) for name, data in contents.items()}
+        for name in (planned.name, tail_rows):
+            if name in records and records[name].size > layout.MAX_SHARD_BYTES:
+                raise CacheError(
+                    f"{name} would have {records[name].size} bytes; at most {layout.MAX_SHARD_BYTES} are "
+                    f"allowed. Lower --examples-per-shard."
+                )
         sidecar = Sidecar(
             plan_sha256=self._plan_sha256,
             number=number,
             shard=ShardRecord(
-                **record.model_dump(),
+                **records[planned.name].model_dump(),
                 codec=self.identity.codec,
                 num_examples=len(examples),
                 num_tokens=expected.num_tokens,
                 num_targets=expected.num_targets,
-                tails=tails_record,
+                tails=records.get(tails),
+                tail_rows=records.get(tail_rows),
             ),
             layer_stats=encoded.layer_stats,
+            sketches_sha256=self._sketches.digest(),
         )
-        self._write(planned.name, encoded.data)
-        self.bytes_written += record.size
-        if tails is not None and tails_record is not None:
-            self._write(tails_record.name, tails)
-            self.bytes_written += tails_record.size
+        for name, data in contents.items():
+            self._write(name, data)
+            self.bytes_written += records[name].size
         self._write(layout.sidecar_name(number), to_bytes(sidecar))
         self._done[number] = sidecar
 
@@ -160,7 +188,7 @@ class CacheWriter:
                 f"{self.folder} still lacks {len(missing)} of {len(self._plan.shards)} shards; write them first."
             )
         tail_record = None
-        if self.identity.store_tail == "profile":
+        if self.identity.profile_layers:
             data = self._total_tails()
             tail_record = record_of(layout.TAIL_SUMS, data)
             self._write(layout.TAIL_SUMS, data)
@@ -185,7 +213,21 @@ class CacheWriter:
             shards=tuple(sidecar.shard for sidecar in sidecars),
             tail_sums=tail_sums,
             layer_stats=layer_stats,
+            sketches=self._sketches.records,
         )
+
+    def _require_sketches(self) -> None:
+        if missing := self._sketches.missing():
+            raise CacheError(
+                f"{self.folder} still lacks the sketches of the layers {missing}; write them before any shard."
+            )
+
+    def _find_committed(self) -> None:
+        """Find out which shards are done; none is before the sketches that their codes belong to."""
+        if self._sketches.missing():
+            return
+        found = {number: self._committed(number) for number in range(len(self._plan.shards))}
+        self._done = {number: sidecar for number, sidecar in found.items() if sidecar is not None}
 
     def _total_tails(self) -> memoryview:
         total: dict[int, NDArray[np.int64]] = {}
@@ -260,18 +302,17 @@ class CacheWriter:
             data = read_plain(self.folder, layout.sidecar_name(number), max_bytes=layout.MAX_SIDECAR_BYTES)
             sidecar = from_bytes(Sidecar, data, name=layout.sidecar_name(number))
             shard = sidecar.shard
-            has_tails = self.identity.store_tail == "profile"
+            shard.check_names(number, self.identity)
             if (
-                (sidecar.plan_sha256, sidecar.number, shard.name) != (self._plan_sha256, number, planned.name)
+                (sidecar.plan_sha256, sidecar.number) != (self._plan_sha256, number)
+                or sidecar.sketches_sha256 != self._sketches.digest()
                 or shard.codec != self.identity.codec
                 or shard.num_examples != planned.stop - planned.first
                 or tuple(sorted(sidecar.layer_stats)) != self.identity.layers
-                or (shard.tails and shard.tails.name) != (layout.tails_name(number) if has_tails else None)
             ):
                 return None
-            read_recorded(self.folder, shard, max_bytes=layout.MAX_SHARD_BYTES)
-            if shard.tails is not None:
-                read_recorded(self.folder, shard.tails, max_bytes=layout.MAX_FILE_BYTES)
+            for record in shard.files:
+                read_recorded(self.folder, record, max_bytes=layout.limit_of(record.name))
         except CacheError:
             return None
         return sidecar
@@ -284,7 +325,8 @@ class CacheWriter:
         try:
             data = read_plain(self.folder, layout.MANIFEST, max_bytes=layout.MAX_JSON_BYTES)
             manifest = from_bytes(Manifest, data, name=layout.MANIFEST)
-            if not self.unfinished() and manifest == self._manifest(manifest.tail_sums):
+            is_whole = not self._sketches.missing() and not self.unfinished()
+            if is_whole and manifest == self._manifest(manifest.tail_sums):
                 if manifest.tail_sums is not None:
                     read_recorded(self.folder, manifest.tail_sums, max_bytes=layout.MAX_FILE_BYTES)
                 return True

@@ -47,6 +47,39 @@ def test_the_golden_cache_is_sound(name: str) -> None:
     assert report.files == 12
 
 
+def test_the_golden_cache_with_sketches_and_samples_holds_what_it_held() -> None:
+    expected = json.loads((HERE / "cache_v1_sketch.json").read_text())
+    reader = CacheReader(HERE / "cache_v1_sketch")
+    identity = reader.manifest.identity
+    assert [str(spec) for spec in identity.tail_specs.values()] == [
+        *("profile+sampled:5", "sketch:4:8", "profile+sketch:5+sampled:8"),
+    ]
+    assert (identity.min_k, identity.min_prob, identity.top_p) == ({2: 1, 4: 2}, {2: 0.001}, {4: 0.98})
+    assert identity.calibration_targets == 100
+    for found, wanted, tails in zip(reader, expected["examples"], expected["tail_rows"], strict=True):
+        assert found.id == wanted["id"]
+        for layer, targets in found.targets.items():
+            values = wanted["targets"][str(layer)] | tails[str(layer)]
+            samples = values.pop("samples")
+            assert {name: plain(getattr(targets, name)) for name in values} == values
+            assert (targets.samples is None) == (samples is None)
+            if samples is not None:
+                assert {name: plain(getattr(targets.samples, name)) for name in samples} == samples
+    sketches = {
+        str(layer): {"softcap": sketch.softcap, "basis": plain(sketch.basis), "offset": plain(sketch.offset)}
+        for layer, sketch in reader.sketches().items()
+    }
+    assert sketches == expected["sketches"]
+    assert {str(layer): plain(values) for layer, values in reader.tail_sums().items()} == expected["tail_sums"]
+    report = verify_cache(HERE / "cache_v1_sketch")
+    assert report.problems == []
+    assert report.files == 20
+
+
+def plain(values: np.ndarray | None) -> list[Any] | None:
+    return None if values is None else values.tolist()
+
+
 def test_the_golden_tokenizer_still_opens() -> None:
     from tokenizers import Tokenizer
 

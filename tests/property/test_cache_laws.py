@@ -14,12 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilllens_cache import CacheError, CacheReader, atomic, verify_cache
+from distilllens_cache import CacheError, CacheReader, SketchSpec, TailSpec, atomic, verify_cache
 from distilllens_cache.codec import find_codec
 from distilllens_cache.shard import Expected, decode_shard, encode_shard
+from distilllens_cache.tail_rows import decode_tail_rows, encode_tail_rows, pack_codes, unpack_codes
 
-TinyCache: Any = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_cache_v1.py"))["TinyCache"]
+MADE: Any = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_cache_v1.py"))
+TinyCache = MADE["TinyCache"]
 CALLS = ("create", "write", "fsync", "replace", "fsync_folder")
+
+
+@st.composite
+def tail_specs(draw: st.DrawFn) -> str:
+    sketch = draw(st.none() | st.tuples(st.integers(1, 9), st.sampled_from([4, 8])))
+    draws = draw(st.none() | st.integers(1, 12))
+    return str(TailSpec(draw(st.booleans()), SketchSpec(*sketch) if sketch else None, draws))
 
 
 @st.composite
@@ -32,7 +41,8 @@ def caches(draw: st.DrawFn, codec: str) -> Any:
         examples_per_shard=draw(st.integers(1, 4)),
         top_k={1: draw(width), 3: draw(width)},
         vocab_size=vocab_size,
-        store_tail=draw(st.sampled_from(["profile", "none"])),
+        store_tail={1: draw(tail_specs()), 3: draw(tail_specs())},
+        hidden_size=9,
         seed=draw(st.integers(0, 2**32)),
         scale=draw(st.sampled_from([0.0, 0.01, 1.0, 5.0, 30.0, 1e4, 1e6])),
     )
@@ -46,6 +56,9 @@ def through_the_codec(cache: Any) -> Iterator[tuple[Any, Any]]:
         examples = cache.examples[part.start : part.stop]
         encoded = encode_shard(examples, expected, cache.identity, name="shard")
         decoded = decode_shard(bytes(encoded.data), expected, cache.identity, codec, name="shard")
+        if cache.identity.tail_row_layers:
+            how: Any = {"is_lossless": codec.is_lossless, "name": "tail rows"}
+            decode_tail_rows(bytes(encode_tail_rows(examples, cache.identity, **how)), decoded, cache.identity, **how)
         yield from zip(examples, decoded, strict=True)
 
 
@@ -62,6 +75,33 @@ def test_the_lossless_codec_returns_every_bit(cache: Any) -> None:
                 old, new = getattr(targets, part), getattr(after.targets[layer], part)
                 assert old.dtype == new.dtype
                 assert old.tobytes() == new.tobytes()
+            assert_equal_tails(targets, after.targets[layer], ("counts", "ids", "draws", "log_probs"))
+
+
+def assert_equal_tails(before: Any, after: Any, parts: tuple[str, ...]) -> None:
+    assert (before.codes is None) == (after.codes is None)
+    if before.codes is not None:
+        assert after.codes.dtype == np.int8
+        assert np.array_equal(before.codes, after.codes)
+    assert (before.samples is None) == (after.samples is None)
+    if before.samples is not None:
+        for part in parts:
+            old, new = getattr(before.samples, part), getattr(after.samples, part)
+            assert old.dtype == new.dtype
+            assert old.tobytes() == new.tobytes()
+
+
+@given(st.integers(1, 40), st.sampled_from([4, 8]), st.integers(0, 50), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=200)
+def test_codes_come_back_from_their_bytes(rank: int, bits: Any, rows: int, seed: int) -> None:
+    spec = SketchSpec(rank, bits)
+    codes = np.random.default_rng(seed).integers(-spec.limit, spec.limit + 1, (rows, rank)).astype(np.int8)
+    packed = pack_codes(codes, spec)
+    assert packed.shape == (rows, spec.code_bytes)
+    assert np.array_equal(unpack_codes(packed, spec), codes)
+    for row, code in zip(packed.tolist(), codes.tolist(), strict=True):
+        number = sum((value % (1 << bits)) << (bits * place) for place, value in enumerate(code))
+        assert int.from_bytes(bytes(row), "little") == number
 
 
 @given(caches("arrow-fp16"))
@@ -78,6 +118,10 @@ def test_the_fp16_codec_errs_by_its_rounding_and_each_row_has_mass_one(cache: An
             starts = new.offsets[:-1]
             mass = np.add.reduceat(np.exp(new.log_probs.astype(np.float64)), starts)
             assert np.abs(mass + np.exp(new.log_rest.astype(np.float64)) - 1).max() < 1e-5
+            assert_equal_tails(old, new, ("counts", "ids", "draws"))
+            if old.samples is not None:
+                rounded = np.maximum(old.samples.log_probs, -65504).astype(np.float16)
+                assert np.array_equal(new.samples.log_probs, rounded)
 
 
 @given(caches("arrow-fp16"), st.integers(0, 5))
@@ -104,21 +148,35 @@ def everything(folder: Path) -> list[Any]:
     reader = CacheReader(folder)
     found: list[Any] = [(folder / "tokenizer" / p.name).read_bytes() for p in sorted(reader.tokenizer_folder.iterdir())]
     found += [values.tolist() for values in reader.tail_sums().values()]
+    found += [[s.basis.tolist(), s.offset.tolist(), s.softcap] for s in reader.sketches().values()]
     for example in reader:
         found += [example.id, example.token_ids.tolist(), example.target_positions.tolist()]
         for targets in example.targets.values():
             found += [targets.counts.tolist(), targets.ids.tolist()]
             found += [targets.log_probs.tolist(), targets.log_rest.tolist()]
+            found += [] if targets.codes is None else [targets.codes.tolist()]
+            if targets.samples is not None:
+                samples = targets.samples
+                found += [samples.counts.tolist(), samples.ids.tolist()]
+                found += [samples.draws.tolist(), samples.log_probs.tolist()]
     return found
 
 
-ONLY_FOR_WRITERS = ("plan.json", ".tails.arrow", "0.json", "1.json")
+ONLY_FOR_WRITERS = (
+    "plan.json",
+    ".tails.arrow",
+    "0.json",
+    "1.json",
+    ".projection.arrow",
+    "layer_3.json",
+    "layer_4.json",
+)
 """How the names end of files that a reader never opens: it must give the right values whatever is in them."""
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], list[Any]]:
-    folder = TinyCache().write(tmp_path_factory.mktemp("sound") / "cache")
+    folder = TinyCache(**MADE["SKETCHED"]).write(tmp_path_factory.mktemp("sound") / "cache")
     return folder, files_of(folder), everything(folder)
 
 
@@ -218,8 +276,9 @@ def assert_no_cache(folder: Path) -> None:
     assert verify_cache(folder).problems == []
 
 
-def test_a_writer_killed_at_any_system_call_is_resumed_to_the_same_bytes(tmp_path: Path) -> None:
-    cache = TinyCache(num_examples=3, examples_per_shard=2)
+@pytest.mark.parametrize("stored", [{}, MADE["SKETCHED"]], ids=["profile", "sketches"])
+def test_a_writer_killed_at_any_system_call_is_resumed_to_the_same_bytes(tmp_path: Path, stored: Any) -> None:
+    cache = TinyCache(num_examples=3, examples_per_shard=2, **stored)
     wanted = files_of(cache.write(tmp_path / "undisturbed"))
     number, is_over = 0, False
     while not is_over:

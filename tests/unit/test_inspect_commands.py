@@ -152,6 +152,32 @@ def test_the_summary_for_people_names_the_identity_and_warns_of_rows_that_teach_
     assert not [line for line in text.splitlines() if line != line.rstrip()]
 
 
+GOLDEN_SKETCH = Path(__file__).parents[1] / "golden" / "cache_v1_sketch"
+
+
+def test_the_summary_tells_what_is_stored_of_the_tail_of_each_layer() -> None:
+    text = said(run("summary", GOLDEN_SKETCH))
+    assert "profile+sampled:5 (layer 2); sketch:4:8 (layer 3); profile+sketch:5+sampled:8 (layer 4)" in text
+    assert "0.001 (layer 2)" in text
+    assert "100 targets" in text
+    assert [line.split()[-1] for line in text.splitlines() if line.strip().startswith(("2 ", "3 ", "4 "))] == [
+        *("profile+sampled:5", "sketch:4:8", "profile+sketch:5+sampled:8"),
+    ]
+    found = json.loads(said(run("summary", GOLDEN_SKETCH, "--json")))
+    assert [layer["tail"] for layer in found["layers"]] == [*found["identity"]["store_tail"].values()]
+    assert sum(found["bytes_of"].values()) == found["total_bytes"]
+    rows = GOLDEN_SKETCH.glob("shards/*.tail_rows.arrow")
+    assert found["bytes_of"]["tail rows"] == sum(path.stat().st_size for path in rows)
+    sketches = GOLDEN_SKETCH.glob("sketches/*.arrow")
+    assert found["bytes_of"]["sketches"] == sum(path.stat().st_size for path in sketches)
+
+
+def test_the_json_of_a_summary_has_every_field_of_the_identity(cache: Path) -> None:
+    found = json.loads(said(run("summary", cache, "--json")))
+    assert set(found["identity"]) == set(Identity.model_fields)
+    assert {layer["tail"] for layer in found["layers"]} == {found["identity"]["store_tail"]} == {"profile"}
+
+
 def test_what_is_learned_stands_between_marks_where_there_is_no_colour(cache: Path) -> None:
     text = said(run("show", cache, "--example", "0"))
     assert "the·cat·sat[[·onthe]]·mat[[.]]" in text

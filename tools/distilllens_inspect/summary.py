@@ -1,5 +1,6 @@
 """What a cache holds, in numbers: identity, examples, targets, and each layer's bytes, mass and entropy."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distilllens_cache import CacheReader
+from distilllens_cache import CacheReader, FileRecord
 from distilllens_inspect.console import bytes_text, put
 from distilllens_inspect.text import one_line
 
@@ -23,12 +24,14 @@ class LayerSummary:
     top_k: int
     """Most ids that a target keeps."""
     bytes: int
-    """Compressed bytes of the layer's columns, tail sums not included."""
+    """Compressed bytes of the layer's columns, tail sums and tail rows not included."""
     bytes_per_target: float
     mean_kept_mass: float
     mean_num_ids: float
     mean_entropy: float
     """In nats, of the kept ids and the rest as one cell: a lower bound of the full entropy."""
+    tail: str = "none"
+    """What is stored of the layer's tail, as in `--store-tail`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Summary:
     bytes_of: dict[str, int]
     """Where the bytes are; the values add up to ``total_bytes``."""
     bytes_per_target_and_layer: float
-    """Of the shard files: token ids and masks are included; tail sums, index and tokenizer are not."""
+    """Of the files of targets: token ids and masks are included; tails, index and tokenizer are not."""
     layers: tuple[LayerSummary, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -65,10 +68,13 @@ def summarize(reader: CacheReader) -> Summary:
     targets = manifest.num_targets
     shard_bytes = sum(shard.size for shard in manifest.shards)
     layer_bytes = sum(stats.bytes for stats in manifest.layer_stats.values())
-    tail_files = [*(shard.tails for shard in manifest.shards), manifest.tail_sums]
+    tail_sums = [*(shard.tails for shard in manifest.shards), manifest.tail_sums]
+    tail_rows = [shard.tail_rows for shard in manifest.shards]
+    sketches = [file for record in manifest.sketches.values() for file in (record.sketch, record.projection)]
+    specs = identity.tail_specs
     return Summary(
         digest=reader.digest,
-        identity=identity.model_dump(mode="json"),
+        identity={name: getattr(identity, name) for name in sorted(identity.LATER)} | identity.model_dump(mode="json"),
         num_examples=manifest.num_examples,
         num_tokens=manifest.num_tokens,
         num_targets=targets,
@@ -81,8 +87,10 @@ def summarize(reader: CacheReader) -> Summary:
         bytes_of={
             "targets of all layers": layer_bytes,
             "token ids, masks and file headers": shard_bytes - layer_bytes,
-            "tail sums": sum(record.size for record in tail_files if record is not None),
-            "index and tokenizer": sum(record.size for record in [manifest.index, *manifest.tokenizer_files]),
+            "tail sums": _size(tail_sums),
+            **({"tail rows": _size(tail_rows)} if identity.tail_row_layers else {}),
+            **({"sketches": _size(sketches)} if sketches else {}),
+            "index and tokenizer": _size([manifest.index, *manifest.tokenizer_files]),
         },
         bytes_per_target_and_layer=_ratio(shard_bytes, targets * len(identity.layers)),
         layers=tuple(
@@ -94,6 +102,7 @@ def summarize(reader: CacheReader) -> Summary:
                 mean_kept_mass=_ratio(stats.kept_mass, stats.num_targets),
                 mean_num_ids=_ratio(stats.num_ids, stats.num_targets),
                 mean_entropy=_ratio(stats.entropy, stats.num_targets),
+                tail=str(specs[layer]),
             )
             for layer, stats in sorted(manifest.layer_stats.items())
         ),
@@ -104,6 +113,8 @@ def identity_rows(summary: Summary) -> list[tuple[str, str]]:
     """The identity as (name, value) for people: what a reader compares first, then where it came from."""
     identity = summary.identity
     widths = sorted(set(identity["top_k"].values()))
+    narrowing = (("min k", "min_k"), ("min probability", "min_prob"), ("top-p", "top_p"))
+    tails, calibrated = identity["store_tail"], identity.get("calibration_targets")
     return [
         ("teacher", identity["teacher"]),
         ("teacher digest", identity["teacher_digest"]),
@@ -111,7 +122,9 @@ def identity_rows(summary: Summary) -> list[tuple[str, str]]:
         ("layers", f"{', '.join(str(layer) for layer in identity['layers'])} of {identity['num_layers']}"),
         ("lens norm", identity["lens_norm"]),
         ("top-k", " and ".join(str(width) for width in widths)),
-        ("tails", identity["store_tail"]),
+        *((name, by_layer(identity[key])) for name, key in narrowing if identity.get(key)),
+        ("tails", tails if isinstance(tails, str) else by_layer(tails)),
+        *([("calibration", f"{calibrated:,} targets")] if calibrated else []),
         ("temperature", f"{identity['temperature']:g}"),
         ("vocabulary", f"{identity['vocab_size']:,} tokens"),
         ("tokenizer digest", identity["tokenizer_digest"]),
@@ -127,6 +140,14 @@ def identity_rows(summary: Summary) -> list[tuple[str, str]]:
             f"{identity['dtype']} on {identity['device']}, {identity['attn_implementation']} attention",
         ),
     ]
+
+
+def by_layer(values: dict[int, Any]) -> str:
+    """Settings that differ between layers, each once with its layers."""
+    layers: dict[str, list[str]] = {}
+    for layer, value in values.items():
+        layers.setdefault(str(value), []).append(str(layer))
+    return "; ".join(f"{value} (layer{'s' if len(of) > 1 else ''} {', '.join(of)})" for value, of in layers.items())
 
 
 def warnings_of(summary: Summary) -> list[str]:
@@ -156,8 +177,11 @@ def print_summary(summary: Summary, console: Console) -> None:
         facts.add_row(f"  {name}", bytes_text(size))
     facts.add_row(
         "per target and layer",
-        f"{summary.bytes_per_target_and_layer:.1f} bytes (token ids and masks included, tail sums not)",
+        f"{summary.bytes_per_target_and_layer:.1f} bytes (token ids and masks included, tails not)",
     )
+    if "tail rows" in summary.bytes_of:
+        of_rows = _ratio(summary.bytes_of["tail rows"], summary.num_targets)
+        facts.add_row("tail rows per target", f"{of_rows:.1f} bytes (all layers)")
     put(console, facts)
     console.print()
     put(console, _layer_table(summary))
@@ -170,6 +194,7 @@ def _layer_table(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("layer", "bytes", "bytes/target", "kept mass", "ids/target", "entropy, nats"):
         table.add_column(name, justify="right")
+    table.add_column("stored tail", overflow="fold")
     for layer in summary.layers:
         table.add_row(
             str(layer.layer),
@@ -178,12 +203,17 @@ def _layer_table(summary: Summary) -> Table:
             f"{layer.mean_kept_mass:.4f}",
             f"{layer.mean_num_ids:.1f}",
             f"{layer.mean_entropy:.3f}",
+            layer.tail,
         )
     return table
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _size(files: Iterable[FileRecord | None]) -> int:
+    return sum(record.size for record in files if record is not None)
 
 
 def _ratio(total: float, count: int) -> float:
