@@ -5,18 +5,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
 from distilllens.engine import is_distributed
 from distilllens.pass_estimate import estimate, folder_size
-from distilllens.pass_plan import Plan, open_plan, planned, raw_bytes_per_target
-from distilllens_cache import CacheWriter
+from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
+from distilllens.teacher_pass import TeacherPass
+from distilllens_cache import CacheWriter, TailSpec
 
 
 def run_cache_teacher(config: CacheTeacherConfig) -> Path:
@@ -48,22 +51,23 @@ def write_cache(plan: Plan) -> Path:
         print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
         return folder
     _require_determinism(plan)
+    teacher = _calibrated(plan, writer)
     missing = writer.unfinished()
     if len(missing) < len(plan.shards):
         say(f"Continuing: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are finished")
     rows = plan.examples.examples
     num_tokens = sum(rows[index].num_tokens for number in missing for index in plan.shards[number])
     started = time.monotonic()
-    with _progress(num_tokens, writer) as advance:
+    with _progress("teacher pass", num_tokens, writer) as advance:
         for number in missing:
             where = plan.shards[number]
-            cached, tails = plan.teacher.run(
+            cached, tails = teacher.run(
                 rows[where.start : where.stop],
                 first_index=where.start,
                 batch_tokens=config.batch_tokens,
                 progress=advance,
             )
-            writer.write_shard(number, cached, tails)
+            writer.write_shard(number, cached, tails or None)
     writer.finish()
     save_config(config, folder / "config.resolved.yaml")
     seconds = max(time.monotonic() - started, 1e-9)
@@ -75,10 +79,20 @@ def write_cache(plan: Plan) -> Path:
     return folder
 
 
+def _calibrated(plan: Plan, writer: CacheWriter) -> TeacherPass:
+    """The teacher with what encodes the sketches of its cache, which are fitted first where they are missing."""
+    missing = writer.missing_sketches()
+    rows, config = plan.examples.examples, plan.config
+    order = calibration_order(rows, num_targets=config.calibration_targets, seed=config.seed) if missing else []
+    examples = [rows[place] for place in order]
+    if missing:
+        say(f"Calibrating the sketches of layers {', '.join(map(str, missing))} on {len(examples)} examples")
+    with _progress("calibration", sum(example.num_tokens for example in examples), writer) as advance:
+        return write_sketches(plan.teacher, writer, examples, batch_tokens=config.batch_tokens, progress=advance)
+
+
 def _require_space(plan: Plan) -> None:
-    targets = plan.examples.num_targets
-    # Compression takes about a third off; a cache that only just fits uncompressed is let through.
-    needed = 0.6 * targets * raw_bytes_per_target(plan.identity)
+    needed = plan.examples.num_targets * bytes_per_target(plan.identity)
     parent = plan.config.output_dir.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -98,8 +112,9 @@ def _require_determinism(plan: Plan) -> None:
             f"the teacher is in training mode ({active[0] or 'the whole model'}): its dropout would be cached"
         )
     shortest = min(plan.examples.examples, key=lambda example: example.num_tokens)
+    without_tails = replace(plan.teacher, tails=dict.fromkeys(plan.teacher.widths, TailSpec()))
     first, second = (
-        plan.teacher.run([shortest], first_index=0, batch_tokens=plan.config.batch_tokens)[0][0] for _ in range(2)
+        without_tails.run([shortest], first_index=0, batch_tokens=plan.config.batch_tokens)[0][0] for _ in range(2)
     )
     gap = max(
         abs(float(first.targets[layer].log_probs[0]) - float(second.targets[layer].log_probs[0]))
@@ -110,11 +125,11 @@ def _require_determinism(plan: Plan) -> None:
 
 
 @contextmanager
-def _progress(num_tokens: int, writer: CacheWriter) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, num_tokens: int, writer: CacheWriter) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     started, done = time.monotonic(), 0
     with Progress(
-        TextColumn("teacher pass"),
+        TextColumn(what),
         BarColumn(),
         TextColumn(
             "{task.completed:.0f}/{task.total:.0f} tokens  {task.fields[rate]:.0f} tokens/s  {task.fields[written]}"

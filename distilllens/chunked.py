@@ -23,11 +23,11 @@ def sum_over_chunks(
         return losses(head(rows), where)
 
     sums = []
-    for start in range(0, len(normed), chunk_rows):
+    for start in range(0, max(1, len(normed)), chunk_rows):
         where = slice(start, start + chunk_rows)
         if torch.is_grad_enabled():
-            # The losses draw nothing at random, so the generator's state needs no saving.
-            sums.append(checkpoint(of_chunk, normed[where], where, use_reentrant=False, preserve_rng_state=False))
+            # The generator's state is kept: an adapter on the head may have dropout.
+            sums.append(checkpoint(of_chunk, normed[where], where, use_reentrant=False))
         else:
             sums.append(of_chunk(normed[where], where))
     return torch.stack(sums).sum(0)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from distilllens.lens_rows import ALL_ROWS, LensRows
 from distilllens.tails import Tail
 from distilllens.targets import SparseTargets, stack_targets
 from distilllens_cache import CachedExample
@@ -28,6 +29,8 @@ class Batch:
     targets: dict[int, SparseTargets]
     tails: dict[int, Tail]
     """What stands for the rest, by layer; the layers are those of ``targets``, the teacher's final one last."""
+    lens_rows: LensRows = ALL_ROWS
+    """Which of the N rows the lens losses read."""
 
     @property
     def final_layer(self) -> int:
@@ -44,10 +47,11 @@ class Batch:
             next_ids=self.next_ids.to(device, non_blocking=True),
             targets={layer: targets.to(device) for layer, targets in self.targets.items()},
             tails={layer: tail.to(device) for layer, tail in self.tails.items()},
+            lens_rows=self.lens_rows.to(device),
         )
 
 
-def collate(examples: Sequence[CachedExample], tails: dict[int, Tail]) -> Batch:
+def collate(examples: Sequence[CachedExample], tails: dict[int, Tail], *, lens_rows: LensRows = ALL_ROWS) -> Batch:
     """One batch from some examples, with their targets at the layers of ``tails``.
 
     Padding is masked by length, never by id.
@@ -69,4 +73,5 @@ def collate(examples: Sequence[CachedExample], tails: dict[int, Tail]) -> Batch:
         next_ids=torch.from_numpy(next_ids.astype(np.int64)),
         targets={layer: stack_targets([example.targets[layer] for example in examples]) for layer in tails},
         tails=tails,
+        lens_rows=lens_rows,
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from distilllens.by_layer import parse_tail_choices
 from distilllens.divergence_spec import parse_divergence
 
 
@@ -22,13 +23,22 @@ def _text(value: Any) -> Any:
         return ",".join(str(part) for part in value)
     if isinstance(value, dict):
         return ",".join(f"{key}={part}" for key, part in value.items())
-    return str(value) if isinstance(value, int) else value
+    return str(value) if isinstance(value, int | float) else value
 
 
 Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
 Spec = Annotated[str, BeforeValidator(_text)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _tail(text: str | None) -> str | None:
+    if text is not None:
+        parse_tail_choices(text)
+    return text
+
+
+Tail = Annotated[Spec | None, AfterValidator(_tail)]
 
 
 def _divergence(text: str) -> str:
@@ -108,20 +118,30 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     layer is always included."""
     lens_norm: Literal["final", "none"] = "final"
     """final: the model's final norm before the head, at every layer. none: the head alone at the lens layers."""
-    top_k: Spec = "final=64,lens=32"
-    """Number of likeliest tokens stored per target: one number, or final=K,lens=K."""
-    store_tail: Literal["profile", "none"] = "profile"
-    """What is stored of the tail's shape, besides its mass: profile (V numbers per layer and cache) or none."""
+    top_k: Spec = "128"
+    """Most likely tokens stored per target, at most: one number, or final=K,lens=K."""
+    min_prob: Spec = "0.001"
+    """Tokens less likely than this are left to the rest: one number, or final=P,lens=P."""
+    top_p: Spec = "1"
+    """Tokens after those that hold this much probability are left to the rest: one number, or final=P,lens=P."""
+    min_k: Spec = "1"
+    """Tokens stored per target, at least, whatever --min-prob and --top-p say: one number, or final=K,lens=K."""
+    store_tail: Spec = "auto"
+    """What is stored of the tail, besides its mass: none, or some of profile (V numbers per layer and cache),
+    sketch:RANK[:BITS] and sampled:DRAWS (per target), joined by +; or final=...,lens=.... auto is
+    final=profile+sketch:64,lens=profile."""
+    calibration_targets: PositiveInt = 8192
+    """Target positions that the sketches of --store-tail sketch:RANK are fitted to, before the pass."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature of the teacher's softmax; part of the cache's identity."""
-    codec: Literal["arrow-fp16", "arrow-fp32"] = "arrow-fp16"
-    """How targets are stored: arrow-fp16 (default) or arrow-fp32 (lossless)."""
+    codec: Literal["packed", "arrow-fp16", "arrow-fp32"] = "packed"
+    """How targets are stored: packed (small), or plain Arrow columns, arrow-fp16 or arrow-fp32 (lossless)."""
     batch_tokens: PositiveInt = 8192
     """Token budget of one forward pass of the teacher, padding included."""
     examples_per_shard: PositiveInt = 256
     """Most examples in one shard; the shard is the unit of commit and of resume."""
     seed: int = 0
-    """Recorded in the cache; nothing in this pass is random."""
+    """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
     output_dir: Path
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
@@ -176,13 +196,17 @@ class TrainConfig(DatasetConfig):
     tvd or ab[:alpha,beta]; ce is cross-entropy with the next token."""
     lens_divergence: Annotated[str, AfterValidator(_divergence)] = "jsd"
     """Divergence between the lens distributions of a pair: the same names."""
-    tail: Literal["bucket", "profile"] | None = None
-    """What stands for the rest: profile (default where the cache stores it) or bucket."""
+    tail: Tail = None
+    """What stands for the rest: bucket, profile, sketch[:RANK], sampled or renorm; or final=...,lens=.... By default
+    the best that the cache stores."""
     lens_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight (lambda) of the mean lens divergence."""
+    lens_rows: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the target positions that each lens layer reads, drawn anew in every step. Less is cheaper and leaves
+    the loss unbiased."""
     kd_ratio: Fraction = 1.0
     """Share (rho) of distillation in the loss; the rest is cross-entropy."""
-    loss_chunk_rows: PositiveInt = 256
+    loss_chunk_rows: PositiveInt = 128
     """Target positions whose full-vocabulary logits are alive at a time."""
     allow_mismatch: str | None = None
     """Fields of the cache's identity, comma separated, whose mismatch is accepted and recorded."""
@@ -267,8 +291,8 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """Teacher cache for the teacher-forced metrics."""
     pairs: Spec | None = None
     """Layers to compare, student:teacher; derived from the cache's layers when not given."""
-    tail: Literal["bucket", "profile"] | None = None
-    """What stands for the rest in the teacher-forced metrics: profile (default where stored) or bucket."""
+    tail: Tail = None
+    """What stands for the rest in the teacher-forced metrics, as for train."""
     allow_mismatch: str | None = None
     """Fields of the cache's identity, comma separated, whose mismatch is accepted and recorded."""
     seeds: Integers = (10, 20, 30, 40, 50)

@@ -8,30 +8,33 @@ The same numbers as ``divergence.py``, its plain twin, without an autograd graph
 so a chunk's logits are turned in place into the gradient at them, and two products give the gradients at hidden states
 and head. Nothing is computed twice: three products of (rows, D, V), against four with checkpointing.
 
-Dimension key: N rows, D hidden size, K tokens kept, V vocabulary.
+Dimension key: N rows, D hidden size, K tokens kept, V vocabulary, M losses, P products.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilllens.tails import BucketTail, ProfileTail, Tail
+from distilllens.divergence import jsd_certificate
+from distilllens.divergence_spec import DivergenceSpec, parse_divergence
+from distilllens.fused_divergences import FUSED, fused_divergence
+from distilllens.fused_tiles import FUSED_TAILS, Scratch, tile_loss
+from distilllens.tails import Tail
 from distilllens.targets import SparseTargets
 from distilllens_cache import LOG_FLOOR
 
-FUSED = ("fkl", "rkl", "jsd")
-"""Divergences with a fused form, for the tails bucket and profile."""
-TILE_ROWS = 32
+TILE_ROWS = 16
 """Rows worked on at a time on a CPU, so that their probabilities stay in its cache; with fewer, threads wait for each
 other (`scripts/bench/loss.py`)."""
-LOG_RATIO_LIMIT = 80.0
-"""exp of a larger log-ratio overflows float32; q is 0 there."""
+BLOCK_TOKENS = 8192
+"""Rows of a bfloat16 head that are in float32 at a time."""
+HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether bfloat16 products can have float32 results (on CUDA, since torch 2.8)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,11 @@ class Loss:
     tail: Tail
     weight: float
 
+    @property
+    def spec(self) -> DivergenceSpec:
+        """The divergence with its parameters."""
+        return parse_divergence(self.divergence)
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -53,18 +61,52 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """Logits are ``softcap * tanh((h @ weight.T + bias) * scale / softcap)``."""
+class Adapter:
+    """A low-rank addition to a head's logits: ``reduced(h) @ weight.T``."""
 
-    weight: Float[Tensor, "V D"]
-    bias: Float[Tensor, " V"] | None = None
+    reduced: Callable[[Tensor], Tensor]
+    """States (N, D) -> (N, rank), with a graph of its own."""
+    weight: Float[Tensor, "rows rank"]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Logits are ``softcap * tanh((h @ weight.T + bias) * scale / softcap)``, adapters added before the scale."""
+
+    matrix: Float[Tensor, "rows D"]
+    whole_bias: Float[Tensor, " rows"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    vocab_size: int | None = None
+    """Rows that count; those after them are padding. None: all."""
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def weight(self) -> Float[Tensor, "V D"]:
+        """The matrix without padding."""
+        return self.matrix[: self.vocab_size]
+
+    @property
+    def bias(self) -> Float[Tensor, " V"] | None:
+        """The bias without padding."""
+        return None if self.whole_bias is None else self.whole_bias[: self.vocab_size]
+
+
+class LossSums(NamedTuple):
+    """Sums over rows, in nats; M losses in the order of their groups. Only ``total`` has a gradient."""
+
+    total: Float[Tensor, ""]
+    """The losses times their weights."""
+    each: Float[Tensor, " M"]
+    low: Float[Tensor, " M"]
+    """Lower bound of the dense divergence (``divergence.jsd_certificate``); 0 for a loss that is not a JSD."""
+    slack: Float[Tensor, " M"]
+    """``low + slack`` is an upper bound of it; 0 for a loss that is not a JSD."""
 
 
 def is_fused(divergence: str, tail: Tail) -> bool:
     """Whether a divergence with this tail has a fused form."""
-    return divergence in FUSED and isinstance(tail, BucketTail | ProfileTail)
+    return parse_divergence(divergence).name in FUSED and isinstance(tail, FUSED_TAILS)
 
 
 def certain_targets(ids: Tensor) -> SparseTargets:
@@ -78,245 +120,220 @@ def certain_targets(ids: Tensor) -> SparseTargets:
 
 
 def fused_losses(
-    normed: Float[Tensor, "N D"], head: Head, groups: Sequence[Group], *, chunk_rows: int = 256
-) -> tuple[Tensor, Tensor]:
-    """The weighted total of all losses of all groups, with a gradient, and each loss's own sum in nats, in order.
+    normed: Float[Tensor, "N D"], head: Head, groups: Sequence[Group], *, chunk_rows: int = 128
+) -> LossSums:
+    """The sums of all losses of all groups.
 
     The head's gradient is accumulated over all groups in one float32 buffer.
     """
+    if (num_rows := sum(group.num_rows for group in groups)) != len(normed):
+        raise ValueError(f"the groups have {num_rows} rows and the hidden states {len(normed)}")
     with torch.autocast(normed.device.type, enabled=False):
-        return _FusedLosses.apply(normed.to(head.weight.dtype), head.weight, head.bias, head, tuple(groups), chunk_rows)  # type: ignore[no-any-return]
+        factors = [normed.to(head.matrix.dtype), head.matrix]
+        for adapter in head.adapters:
+            factors += [adapter.reduced(normed).to(adapter.weight.dtype), adapter.weight]
+        task = _Task(head.scale, head.softcap, head.weight.shape[0], tuple(groups), chunk_rows, torch.is_grad_enabled())
+        total, sums = _Fused.apply(task, head.whole_bias, *factors)  # type: ignore[misc]
+    return LossSums(total, *sums.unbind(-1))
 
 
-class _FusedLosses(torch.autograd.Function):
+class _Task(NamedTuple):
+    """What the pass needs besides tensors with gradients."""
+
+    scale: float
+    softcap: float | None
+    vocab_size: int
+    groups: tuple[Group, ...]
+    chunk_rows: int
+    wants_gradient: bool
+
+
+class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        normed: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        groups: tuple[Group, ...],
-        chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        needed = ctx.needs_input_grad[:3]
-        work = _Workspace(normed, weight, bias, head, chunk_rows, needed)
-        sums: list[Tensor] = []
-        first = 0
-        for group in groups:
-            of_group = torch.zeros(len(group.losses), dtype=torch.float64, device=normed.device)
-            for start in range(0, group.num_rows, chunk_rows):
-                stop = min(start + chunk_rows, group.num_rows)
-                work.run(slice(first + start, first + stop), group, slice(start, stop), of_group)
-            sums.append(of_group)
-            first += group.num_rows
-        if first != len(normed):
-            raise ValueError(f"the groups have {first} rows and the hidden states {len(normed)}")
-        ctx.save_for_backward(*work.gradients(weight.dtype))
-        each = torch.cat(sums)
-        weights = torch.tensor([loss.weight for group in groups for loss in group.losses], dtype=each.dtype)
-        total, each = (each * weights.to(each.device)).sum().to(work.full), each.to(work.full)
-        ctx.mark_non_differentiable(each)
-        return total, each
+    def forward(ctx: Any, task: _Task, bias: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.task = task
+        ctx.save_for_backward(bias, *factors)
+        total, sums, ctx.gradients = _pass(task, bias, factors, ctx.needs_input_grad[1:])
+        ctx.mark_non_differentiable(sums)
+        return total, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_total: Tensor, _of_each: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = (None if g is None else g * of_total.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None)
+    def backward(ctx: Any, of_total: Tensor, _of_sums: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # Given out before, to be scaled in place: a copy would double the peak. This costs another pass.
+            bias, *factors = ctx.saved_tensors
+            *_, gradients = _pass(ctx.task, bias, factors, ctx.needs_input_grad[1:])
+        given = (None if g is None else g.mul_(of_total).to(d) for g, d in gradients)
+        return (None, *given)
+
+
+Gradients = list[tuple[Tensor | None, torch.dtype]]
+"""Of bias and factors, each with the type that it is to have."""
+
+
+@torch.no_grad()
+def _pass(
+    task: _Task, bias: Tensor | None, factors: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The weighted total, the sums (M, 3) of value, low and slack, and the gradients of the total."""
+    needed = [need and task.wants_gradient for need in needed]
+    work = _Workspace(task, bias, factors, needed)
+    num_rows = len(factors[0])
+    for start in range(0, num_rows, task.chunk_rows):
+        work.run(slice(start, min(start + task.chunk_rows, num_rows)))
+    weights = torch.tensor([loss.weight for group in task.groups for loss in group.losses], dtype=torch.float64)
+    total = (work.sums[:, 0] * weights.to(work.sums.device)).sum()
+    return total.to(work.full), work.sums.to(work.full), work.gradients()
+
+
+class _Running:
+    """A loss during the pass."""
+
+    def __init__(self, loss: Loss, number: int, dtype: torch.dtype) -> None:
+        divergence = fused_divergence(loss.spec)
+        self.unit = -divergence.factor * loss.weight
+        """What the gradient that ``run`` leaves is to be multiplied with."""
+        self._targets, self._spec, self._number = loss.targets, loss.spec, number
+        self._tile = tile_loss(divergence, loss.tail, dtype)
+
+    def run(self, z: Tensor, rows: slice, scratch: Scratch, sums: Tensor) -> None:
+        """Add to ``sums``; logits ``z`` of some of the group's rows become their gradient over ``unit``."""
+        seen = self._tile.run(z, self._targets[rows], scratch)
+        sums[self._number, 0] += seen.value.sum()
+        if self._spec.name == "jsd":
+            limits = jsd_certificate(seen.log_p, seen.log_q, *self._spec.parameters)
+            sums[self._number, 1] += limits.low.sum()
+            sums[self._number, 2] += limits.slack.sum()
 
 
 class _Workspace:
     """Buffers that every chunk uses again, and the gradients they add up to."""
 
-    def __init__(
-        self,
-        normed: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        chunk_rows: int,
-        needed: tuple[bool, bool, bool],
-    ) -> None:
-        self.full = torch.float64 if normed.dtype == torch.float64 else torch.float32
-        self._normed, self._weight, self._bias, self._head = normed, weight, bias, head
-        size, rows, device = len(weight), min(chunk_rows, len(normed)), normed.device
-        self._tile_rows = min(rows, TILE_ROWS) if device.type == "cpu" else rows
-        self._logits = torch.empty(rows, size, dtype=self.full, device=device)
-        self._scratch = torch.empty(3, self._tile_rows, size, dtype=self.full, device=device)
-        self._needs_gradient = any(needed)
-        self._of_normed = torch.empty_like(normed) if needed[0] else None
-        self._of_weight = torch.zeros(weight.shape, dtype=self.full, device=device) if needed[1] else None
-        self._of_bias = torch.zeros(size, dtype=self.full, device=device) if needed[2] else None
+    def __init__(self, task: _Task, bias: Tensor | None, factors: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        self._task, self._bias = task, bias
+        self._states, self._weights = factors[::2], [weight[: task.vocab_size] for weight in factors[1::2]]
+        self._device = self._states[0].device
+        self.full = torch.float64 if self._states[0].dtype == torch.float64 else torch.float32
+        inputs = [bias, *factors]
+        self._of_inputs = [self._zeros(x) if x is not None and n else None for x, n in zip(inputs, needed, strict=True)]
+        self._dtypes = [self.full if tensor is None else tensor.dtype for tensor in inputs]
+        self._groups: list[tuple[int, list[_Running]]] = []
+        number = 0
+        for group in task.groups:
+            numbered = enumerate(group.losses, number)
+            self._groups.append((group.num_rows, [_Running(loss, n, self.full) for n, loss in numbered]))
+            number += len(group.losses)
+        self.sums = torch.zeros(number, 3, dtype=torch.float64, device=self._device)
+        chunk = min(task.chunk_rows, len(self._states[0]))
+        self._tile_rows = min(chunk, TILE_ROWS) if self._device.type == "cpu" else chunk
+        self._logits = torch.empty(chunk, task.vocab_size, dtype=self.full, device=self._device)
+        self._buffers: dict[str, Tensor] = {}
 
-    def gradients(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients at hidden states, head and bias, where they were needed."""
-        of_weight, of_bias = (None if g is None else g.to(dtype) for g in (self._of_weight, self._of_bias))
-        return self._of_normed, of_weight, of_bias
+    def gradients(self) -> Gradients:
+        """Gradients at bias and factors, where they were needed."""
+        return list(zip(self._of_inputs, self._dtypes, strict=True))
 
-    def run(self, where: slice, group: Group, inside: slice, sums: Tensor) -> None:
-        """Losses and gradients of one chunk: rows ``where`` of all, which are rows ``inside`` of the group."""
-        rows = self._normed[where]
+    def run(self, rows: slice) -> None:
+        """Losses and gradients of one chunk."""
         logits = self._project(rows)
-        slope = _cap(logits, self._head.softcap)
-        for start in range(0, len(rows), self._tile_rows):
-            tile = logits[start : start + self._tile_rows]
-            mine = slice(inside.start + start, inside.start + start + len(tile))
-            self._tile(tile, group, mine, sums)
-        if not self._needs_gradient:
-            return
-        if slope is not None:
-            logits.mul_(slope)
-        if self._head.scale != 1.0:
-            logits.mul_(self._head.scale)
-        if self._of_bias is not None:
-            self._of_bias += logits.sum(0)
-        gradient = logits.to(self._weight.dtype)
-        if self._of_normed is not None:
-            self._of_normed[where] = gradient @ self._weight
-        if self._of_weight is not None and self._of_weight.dtype == gradient.dtype:
-            self._of_weight.addmm_(gradient.t(), rows)
-        elif self._of_weight is not None:
-            self._of_weight += gradient.t() @ rows
+        unit = 0.0
+        for tile, of_group, losses in self._tiles(rows):
+            own = self._run_tile(logits[tile], of_group, losses)
+            # One number for the whole chunk can wait for the products.
+            unit = unit or own or 1.0
+            if own != unit:
+                logits[tile].mul_(own / unit)
+        if any(gradient is not None for gradient in self._of_inputs):
+            self._add_gradients(logits, rows, unit * self._task.scale)
 
-    def _project(self, rows: Tensor) -> Tensor:
-        logits = self._logits[: len(rows)]
-        if rows.dtype == logits.dtype == self._weight.dtype:
-            torch.mm(rows, self._weight.t(), out=logits)
-        elif rows.is_cuda:
-            # A bfloat16 result would err by up to 0.03 nats in the logsumexp.
-            torch.mm(rows, self._weight.t(), out_dtype=logits.dtype, out=logits)
-        else:
-            torch.mm(rows.to(logits.dtype), self._weight.to(logits.dtype).t(), out=logits)
+    def _project(self, rows: slice) -> Tensor:
+        logits = self._logits[: rows.stop - rows.start]
+        for number, (states, weight) in enumerate(zip(self._states, self._weights, strict=True)):
+            for block in self._blocks(weight):
+                columns, part = logits[:, block], weight[block].t()
+                _add_product(columns, states[rows], part, alpha=self._task.scale, is_first=number == 0)
         if self._bias is not None:
-            logits += self._bias
-        return logits.mul_(self._head.scale) if self._head.scale != 1.0 else logits
+            logits.add_(self._bias[: self._task.vocab_size], alpha=self._task.scale)
+        return logits
 
-    def _tile(self, tile: Tensor, group: Group, mine: slice, sums: Tensor) -> None:
-        """Add the losses of a tile to ``sums`` and make the tile the gradient of their weighted sum."""
-        q, t, copy = self._scratch[:, : len(tile)]
-        is_single = len(group.losses) == 1
-        total = None if is_single else torch.zeros_like(tile)
-        for number, loss in enumerate(group.losses):
-            z = tile if is_single else copy.copy_(tile)
-            targets = loss.targets[mine]
-            if isinstance(loss.tail, BucketTail):
-                values = _bucket(loss.divergence, z, targets)
-            else:
-                values = _profile(loss.divergence, z, targets, loss.tail.log_profile, q, t)
-            sums[number] += values.double().sum()
-            if total is None:
-                tile.mul_(loss.weight) if loss.weight != 1.0 else None
-            elif loss.weight != 0.0:
-                total.add_(z, alpha=loss.weight)
-        if total is not None:
-            tile.copy_(total)
+    def _tiles(self, rows: slice) -> Iterator[tuple[slice, slice, list[_Running]]]:
+        """Pieces of a chunk that lie in one group: where in the chunk, where in the group, and its losses."""
+        first = 0
+        for num_rows, losses in self._groups:
+            start, stop = max(rows.start, first), min(rows.stop, first + num_rows)
+            for at in range(start, stop, self._tile_rows):
+                end = min(at + self._tile_rows, stop)
+                yield slice(at - rows.start, end - rows.start), slice(at - first, end - first), losses
+            first += num_rows
+
+    def _run_tile(self, z: Tensor, rows: slice, losses: list[_Running]) -> float:
+        """Logits ``z`` become the gradient of their losses over the number that is returned."""
+
+        def scratch(name: str) -> Tensor:
+            if name not in self._buffers:
+                self._buffers[name] = self._logits.new_empty(self._tile_rows, self._task.vocab_size)
+            return self._buffers[name][: len(z)]
+
+        slope = _cap(z, self._task.softcap, scratch)
+        if len(losses) == 1:
+            losses[0].run(z, rows, scratch, self.sums)
+            unit = losses[0].unit
+        else:
+            total, copy = scratch("total").zero_(), scratch("copy")
+            for loss in losses:
+                loss.run(copy.copy_(z), rows, scratch, self.sums)
+                if loss.unit:
+                    total.add_(copy, alpha=loss.unit)
+            z.copy_(total)
+            unit = 1.0
+        if slope is not None:
+            z.mul_(slope)
+        return unit
+
+    def _add_gradients(self, logits: Tensor, rows: slice, alpha: float) -> None:
+        """The products that turn the gradient at logits, times ``alpha``, into those at bias and factors."""
+        of_bias, *of_factors = self._of_inputs
+        if of_bias is not None:
+            of_bias[: self._task.vocab_size].add_(logits.sum(0), alpha=alpha)
+        pairs = zip(self._states, self._weights, of_factors[::2], of_factors[1::2], strict=True)
+        for states, weight, of_states, of_weight in pairs:
+            for block in self._blocks(weight):
+                if of_states is not None:
+                    _add_product(of_states[rows], logits[:, block], weight[block], alpha=alpha)
+                if of_weight is not None:
+                    _add_product(of_weight[block], logits[:, block].t(), states[rows], alpha=alpha)
+
+    def _blocks(self, weight: Tensor) -> list[slice]:
+        """The vocabulary at once, or in blocks where products need temporaries in full precision."""
+        size = self._task.vocab_size
+        step = size if weight.dtype == self.full else BLOCK_TOKENS
+        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=self.full, device=like.device)
 
 
-def _cap(logits: Tensor, softcap: float | None) -> Tensor | None:
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, alpha: float, is_first: bool = False) -> None:
+    """Add ``alpha * a @ b`` in the precision of ``out``, in place of what is there if it is the first."""
+    if a.dtype == b.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=0 if is_first else 1, alpha=alpha, out=out)
+        return
+    if a.is_cuda and HAS_WIDE_PRODUCTS:
+        low = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        # A bfloat16 result would err by up to 0.03 nats in the logsumexp.
+        product = torch.mm(a.to(low), b.to(low), out_dtype=out.dtype)
+    else:
+        product = a.to(out.dtype) @ b.to(out.dtype)
+    torch.mul(product, alpha, out=out) if is_first else out.add_(product, alpha=alpha)
+
+
+def _cap(z: Tensor, softcap: float | None, scratch: Scratch) -> Tensor | None:
     """Soft-cap logits in place; the slope of that at each, or None without a cap."""
     if softcap is None:
         return None
-    logits.div_(softcap).tanh_()
-    slope = 1 - logits.square()
-    logits.mul_(softcap)
+    # 1 / cosh^2 and not 1 - tanh^2, which loses its digits near the cap.
+    slope = torch.cosh(z.div_(softcap), out=scratch("slope")).square_().reciprocal_()
+    z.tanh_().mul_(softcap)
     return slope
-
-
-def _bucket(divergence: str, z: Tensor, targets: SparseTargets) -> Tensor:
-    """Divergence of each row over the kept tokens and one bucket; ``z`` becomes its gradient.
-
-    All tokens of the bucket share one factor, so the vocabulary is passed over a handful of times. The student's rest
-    is summed directly: ``1 - sum`` has no correct digit in a peaked row.
-    """
-    is_kept = targets.is_kept
-    # Padding slots repeat the first one, with no mass of their own.
-    ids = torch.where(is_kept, targets.ids, targets.ids[:, :1])
-    tiny = torch.finfo(z.dtype).tiny
-    z.sub_(z.amax(-1, keepdim=True))
-    kept = z.gather(-1, ids)
-    z.exp_().scatter_(-1, ids, 0.0)
-    s = z.sum(-1)
-    # The normaliser from the same sums: a long float32 sum loses small addends beside a large one.
-    normaliser = (kept.exp() * is_kept).sum(-1) + s
-    log_q = (kept - normaliser.log()[:, None]).masked_fill(~is_kept, LOG_FLOOR)
-    log_s = (s / normaliser).clamp_min(tiny).log()
-    log_p = torch.where(is_kept, targets.log_probs.to(z.dtype), LOG_FLOOR)
-    log_p, log_q = (torch.cat(pair, -1) for pair in ((log_p, targets.log_rest.to(z)[:, None]), (log_q, log_s[:, None])))
-    values, gradient = _cells(divergence, log_p, log_q)
-    z.mul_((gradient[:, -1] / s.clamp_min(tiny))[:, None])
-    z.scatter_(-1, ids, torch.where(is_kept, gradient[:, :-1], gradient[:, :1]))
-    return values
-
-
-def _cells(divergence: str, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergence of distributions over few cells, and q_j (G_j - mean of G under q): its gradient at their logits."""
-    p, q = log_p.exp(), log_q.exp()
-    if divergence == "fkl":
-        return (p * (log_p - log_q)).sum(-1), q * p.sum(-1, keepdim=True) - p
-    if divergence == "rkl":
-        ratio = log_q - log_p
-        return (q * ratio).sum(-1), q * _centred(ratio, q)
-    if divergence == "jsd":
-        to_mixture = math.log(2) - torch.nn.functional.softplus(log_p - log_q)
-        values = (q * to_mixture + p * (to_mixture + log_p - log_q)).sum(-1) / 2
-        return values, q * _centred(to_mixture, q) / 2
-    raise ValueError(f"{divergence} has no fused form")
-
-
-def _centred(ratio: Tensor, q: Tensor) -> Tensor:
-    """``ratio`` less its mean under q. Shifted by the likeliest cell first: with q near 1 there, nothing cancels."""
-    shifted = ratio - ratio.gather(-1, q.argmax(-1, keepdim=True))
-    return shifted - (q * shifted).sum(-1, keepdim=True)
-
-
-def _profile(divergence: str, z: Tensor, targets: SparseTargets, log_profile: Tensor, q: Tensor, t: Tensor) -> Tensor:
-    """Divergence of each row over the vocabulary, the tail completed by a profile; ``z`` becomes its gradient.
-
-    ``q`` and ``t`` are scratch of z's shape. Outside the kept tokens ``log p = level + log_profile`` with one level per
-    row, so p never exists as a matrix and sums over it are products with the profile.
-    """
-    is_kept = targets.is_kept
-    ids = torch.where(is_kept, targets.ids, targets.ids[:, :1])
-    log_profile = log_profile.to(z.dtype)
-    profile = log_profile.exp()
-    log_p = targets.log_probs.to(z.dtype)
-    p = log_p.exp() * is_kept
-    outside = 1 - (log_profile.double().exp()[ids] * is_kept).sum(-1)
-    level = (targets.log_rest.double() - outside.clamp_min(1e-300).log()).to(z.dtype)[:, None]
-    z.sub_(z.amax(-1, keepdim=True))
-    torch.exp(z, out=q)
-    normaliser = q.sum(-1, keepdim=True)
-    z.sub_(normaliser.log())
-    q.div_(normaliser)
-
-    def of_tail(values: Tensor, at_kept: Tensor) -> Tensor:
-        """Sum of p times ``values`` over the tail alone; ``at_kept`` are the values at the kept tokens."""
-        return level[:, 0].exp() * (values @ profile - (profile[ids] * at_kept * is_kept).sum(-1))
-
-    log_q = z.gather(-1, ids)
-    if divergence == "fkl":
-        rest = targets.log_rest.to(z.dtype).exp()
-        torch.sub(log_profile, z, out=t)  # log p - log q in the tail, less the level
-        values = (p * (log_p - log_q)).sum(-1) + of_tail(t, log_profile[ids] - log_q) + level[:, 0] * rest
-        at_kept = q.gather(-1, ids) * (p.sum(-1) + rest)[:, None] - p
-        torch.mul(q, (p.sum(-1) + rest)[:, None], out=z)
-        z.addcmul_(level.exp(), profile[None], value=-1)
-        z.scatter_(-1, ids, torch.where(is_kept, at_kept, at_kept[:, :1]))
-        return values
-    at_kept = torch.where(is_kept, log_p - log_q, (log_p - log_q)[:, :1])
-    torch.sub(log_profile, z, out=t).add_(level).scatter_(-1, ids, at_kept)  # log p - log q
-    if divergence == "rkl":
-        values = -(q * t).sum(-1)
-        torch.neg(t, out=z).sub_(values[:, None]).mul_(q)
-        return values
-    if divergence == "jsd":
-        # log(q / m) = -log((1 + e^t) / 2) = -log1p(expm1(t) / 2): exact where p and q nearly agree.
-        torch.clamp_max(t, LOG_RATIO_LIMIT, out=z).expm1_().div_(2).log1p_().neg_()
-        of_q = (q * z).sum(-1)
-        t.add_(z).clamp_max_(math.log(2))  # log(p / m); its limit is right wherever the ratio was cut
-        at_kept = t.gather(-1, ids)
-        of_p = (p * at_kept).sum(-1) + of_tail(t, at_kept)
-        z.sub_(of_q[:, None]).mul_(q).div_(2)
-        return (of_p + of_q) / 2
-    raise ValueError(f"{divergence} has no fused form")

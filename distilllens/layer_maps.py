@@ -62,25 +62,6 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers | {num_layers}))
 
 
-def parse_top_k(text: str, layers: tuple[int, ...], vocab_size: int) -> dict[int, int]:
-    """Number of tokens kept per layer, from ``"64"`` or ``"final=64,lens=32"``."""
-    wanted = f"--top-k {text!r}: expected one number, or final=K,lens=K"
-    numbers: dict[str, int] = {}
-    for part in text.replace(" ", "").split(","):
-        name, _, value = part.rpartition("=")
-        if name not in ("", "final", "lens") or name in numbers or not value.isdecimal():
-            raise ValueError(wanted)
-        numbers[name] = int(value)
-    if ("" in numbers) == ("final" in numbers and "lens" in numbers):
-        raise ValueError(wanted)
-    if wrong := [number for number in numbers.values() if not 1 <= number <= vocab_size]:
-        raise ValueError(
-            f"--top-k {text}: {wrong[0]} is outside 1 to {vocab_size}, the size of the teacher's vocabulary"
-        )
-    lens, final = (numbers.get(name, numbers.get("", 0)) for name in ("lens", "final"))
-    return {layer: final if layer == layers[-1] else lens for layer in layers}
-
-
 def derive_pairs(
     teacher_layers: tuple[int, ...], *, num_student_layers: int, num_teacher_layers: int
 ) -> tuple[tuple[int, int], ...]:

@@ -3,8 +3,9 @@
 Dimension key: B batch, T tokens, N rows, D hidden size, V effective vocabulary.
 """
 
-from collections.abc import Iterable
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from distilllens.fused import Head
+from distilllens.chunked import ChunkLosses, sum_over_chunks
+from distilllens.fused import Adapter, Head
 
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_out")
 """What the decoders of transformers call the norm before the head."""
@@ -74,29 +76,63 @@ class LogitLens(nn.Module):
 
     def head(self, normed: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits over the effective vocabulary in float32 (float64 for a float64 model), from normed states."""
-        _, head = self._modules_of_model
-        with torch.autocast(normed.device.type, enabled=False):
-            logits = _in_full_precision(head, normed)[..., : self.vocab_size]
-        logits = logits * self._scale if self._scale != 1.0 else logits
-        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+        rows = normed.reshape(-1, normed.shape[-1])
+        logits = self.with_plain_head(rows, logits_of) if self.is_plain else self._logits_of_module(rows)
+        return logits.reshape(*normed.shape[:-1], self.vocab_size)
+
+    def sum_over_chunks(
+        self, normed: Float[Tensor, "N D"], losses: ChunkLosses, *, chunk_rows: int
+    ) -> Float[Tensor, " M"]:
+        """``chunked.sum_over_chunks`` of the head, in one call of its modules where they are plain.
+
+        Ranks that share a sharded head then gather it equally often, however many rows each has.
+        """
+        if not self.is_plain:
+            return sum_over_chunks(self._logits_of_module, normed, losses, chunk_rows=chunk_rows)
+
+        def compute(states: Tensor, head: Head) -> Tensor:
+            return sum_over_chunks(lambda rows: logits_of(rows, head), states, losses, chunk_rows=chunk_rows)
+
+        return self.with_plain_head(normed, compute)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the head is a matrix with a bias, scale and soft-cap, with or without LoRA adapters."""
+        return plain_parts(self._modules_of_model[1]) is not None
 
     def plain_head(self) -> Head | None:
-        """The head as a matrix with a bias, scale and soft-cap; None where it is more than that.
+        """The head as matrices; None where it is more than that. Weights that ZeRO-3 shards are empty in it."""
+        parts = plain_parts(self._modules_of_model[1])
+        return None if parts is None else self._head_of(parts)
 
-        Adapters on the head and ZeRO-3's sharded weights work only through the module.
+    def with_plain_head(self, normed: Float[Tensor, "N D"], compute: Callable[[Tensor, Head], Tensor]) -> Tensor:
+        """``compute(normed, plain head)``, run as the forward pass of the head's own modules.
+
+        Wrappers that gather a module's weights when it is called, as ZeRO-3 does, gather them for ``compute``, and
+        again when gradients go back through what it returns.
         """
-        _, head = self._modules_of_model
-        if type(head) is not nn.Linear or hasattr(head.weight, "ds_id"):
-            return None
-        is_whole = head.weight.shape[0] == self.vocab_size
-        weight, bias = head.weight, head.bias
-        if not is_whole:
-            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
-        return Head(weight, bias, self._scale, self._softcap)
+        parts = plain_parts(self._modules_of_model[1])
+        assert parts is not None, "only a plain head has matrices"
+
+        def innermost(states: Tensor) -> Tensor:
+            return compute(states, self._head_of(parts))
+
+        return _within([parts.linear, *(one.up for one in parts.adapters)], innermost)(normed)
+
+    def _head_of(self, parts: "PlainParts") -> Head:
+        linear, adapters = parts.linear, tuple(Adapter(one.reduced, one.up.weight) for one in parts.adapters)
+        return Head(linear.weight, linear.bias, self._scale, self._softcap, self.vocab_size, adapters)
 
     def logits(self, hidden: Float[Tensor, "*rows D"], layer: int) -> Float[Tensor, "*rows V"]:
         """Logits over the effective vocabulary of states that left block ``layer``."""
         return self.head(self.normed(hidden, layer))
+
+    def _logits_of_module(self, normed: Tensor) -> Tensor:
+        """Logits of a head that only its own module can compute."""
+        _, head = self._modules_of_model
+        with torch.autocast(normed.device.type, enabled=False):
+            logits = head(normed.to(cast(Tensor, head.weight).dtype))[..., : self.vocab_size]
+        return _scaled(logits if logits.dtype == torch.float64 else logits.float(), self._scale, self._softcap)
 
     def _norm(self) -> nn.Module:
         decoder, _ = self._modules_of_model
@@ -161,16 +197,86 @@ def _logit_scale(config: Any) -> float:
     return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
-def _in_full_precision(head: nn.Module, normed: Tensor) -> Tensor:
-    """The head's logits in float32 at least; bfloat16 ones err by up to 0.03 nats in the logsumexp."""
-    weight = cast(Tensor, head.weight)
-    if weight.dtype in (torch.float32, torch.float64):
-        # Through the module itself, so that wrappers which gather or adapt its weight are at work.
-        return head(normed.to(weight.dtype))
-    bias = getattr(head, "bias", None)
-    return functional.linear(normed.float(), weight.float(), None if bias is None else cast(Tensor, bias).float())
-
-
 def rows_at(hidden: Float[Tensor, "B T D"], is_target: Bool[Tensor, "B T"]) -> Float[Tensor, "N D"]:
     """States at the target positions: example after example, position after position."""
     return hidden[is_target]
+
+
+def logits_of(normed: Float[Tensor, "N D"], head: Head) -> Float[Tensor, "N V"]:
+    """Logits of a plain head, in float32 at least: bfloat16 ones err by up to 0.03 nats in the logsumexp."""
+    with torch.autocast(normed.device.type, enabled=False):
+        dtype = head.matrix.dtype
+        full = dtype if dtype == torch.float64 else torch.float32
+        bias = None if head.whole_bias is None else head.whole_bias.to(full)
+        logits = functional.linear(normed.to(dtype).to(full), head.matrix.to(full), bias)
+        for adapter in head.adapters:
+            logits = logits + functional.linear(adapter.reduced(normed).to(full), adapter.weight.to(full))
+        return _scaled(logits[:, : head.vocab_size], head.scale, head.softcap)
+
+
+def _scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = logits * scale if scale != 1.0 else logits
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class _Adapter(NamedTuple):
+    """One of LoRA's, as modules."""
+
+    down: nn.Linear
+    dropout: nn.Module
+    scaling: float
+    up: nn.Linear
+
+    def reduced(self, normed: Tensor) -> Tensor:
+        return self.down(self.dropout(normed.to(self.down.weight.dtype))) * self.scaling
+
+
+class PlainParts(NamedTuple):
+    """A head as modules whose products add up to its logits."""
+
+    linear: nn.Linear
+    adapters: tuple[_Adapter, ...] = ()
+
+
+def plain_parts(head: nn.Module) -> PlainParts | None:
+    """What a head consists of; None where it is anything but a linear layer, bare or under peft's LoRA.
+
+    Merged adapters, DoRA and other variants, and adapters with a bias work only through the module.
+    """
+    if type(head) is nn.Linear:
+        return PlainParts(head)
+    peft = sys.modules.get("peft.tuners.lora")
+    if peft is None or type(head) is not peft.Linear:
+        return None
+    lora = cast(Any, head)
+    linear = lora.get_base_layer()
+    names = [] if lora.disable_adapters else [name for name in lora.active_adapters if name in lora.lora_A]
+    is_more = lora.merged or any(name in lora.lora_variant or lora.lora_bias[name] for name in names)
+    if is_more or type(linear) is not nn.Linear:
+        return None
+    return PlainParts(
+        linear,
+        tuple(
+            _Adapter(lora.lora_A[name], lora.lora_dropout[name], float(lora.scaling[name]), lora.lora_B[name])
+            for name in names
+        ),
+    )
+
+
+def _within(modules: Sequence[nn.Module], compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``compute``, to be called inside the calls of all ``modules``."""
+    if not modules:
+        return compute
+    outer, inner = modules[0], _within(modules[1:], compute)
+    # accelerate, which spreads and offloads models, keeps a module's own forward there and calls it from its own.
+    name = "_old_forward" if "_old_forward" in vars(outer) else "forward"
+
+    def call(states: Tensor) -> Tensor:
+        own = vars(outer).get(name)
+        setattr(outer, name, inner)
+        try:
+            return outer(states)
+        finally:
+            delattr(outer, name) if own is None else setattr(outer, name, own)
+
+    return call

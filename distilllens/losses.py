@@ -1,6 +1,6 @@
-"""All losses of a step's rows at once: fused where every one has a fused form, else chunk by chunk under autograd.
+"""All losses of a step's rows: fused with the head where they have a fused form, else chunk by chunk under autograd.
 
-Dimension key: N rows, D hidden size.
+Dimension key: N rows, D hidden size, M losses.
 """
 
 from collections.abc import Sequence
@@ -8,32 +8,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distilllens.chunked import sum_over_chunks
-from distilllens.divergence import sparse_divergence
-from distilllens.fused import Group, fused_losses, is_fused
+from distilllens.divergence import jsd_certificate, sparse_divergence
+from distilllens.fused import Group, Head, Loss, LossSums, fused_losses, is_fused
 from distilllens.lens import LogitLens
+from distilllens.tails import BucketTail
 
 
-def sum_losses(
-    normed: Sequence[Tensor], groups: Sequence[Group], lens: LogitLens, *, chunk_rows: int
-) -> tuple[Tensor, Tensor]:
-    """The weighted total of all losses, with a gradient, and each loss's own sum in nats, in order.
+def sum_losses(normed: Sequence[Tensor], groups: Sequence[Group], lens: LogitLens, *, chunk_rows: int) -> LossSums:
+    """The sums of all losses of all groups; ``normed`` are the states that the head reads, (N, D) for each group."""
+    is_fast = [lens.is_plain and all(is_fused(loss.divergence, loss.tail) for loss in group.losses) for group in groups]
+    fast, slow = ([n for n in range(len(groups)) if is_fast[n] is wanted] for wanted in (True, False))
+    totals, sums = [], {}
+    for numbers, path in ((fast, _fused), (slow, _plain)):
+        if numbers:
+            mine = [groups[n] for n in numbers]
+            found = path([normed[n] for n in numbers], mine, lens, chunk_rows)
+            totals.append(found.total)
+            of_losses = torch.stack([found.each, found.low, found.slack], -1)
+            sums |= zip(numbers, of_losses.split([len(group.losses) for group in mine]), strict=True)
+    each, low, slack = torch.cat([sums[n] for n in range(len(groups))]).unbind(-1)
+    return LossSums(torch.stack(totals).sum(), each, low, slack)
 
-    ``normed`` are the states that the head reads, (N, D) for each group.
-    """
-    head = lens.plain_head()
-    if head is not None and all(is_fused(loss.divergence, loss.tail) for group in groups for loss in group.losses):
-        return fused_losses(torch.cat(list(normed)), head, groups, chunk_rows=chunk_rows)
+
+def _fused(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int) -> LossSums:
+    found: list[LossSums] = []
+
+    def compute(states: Tensor, head: Head) -> Tensor:
+        found.append(fused_losses(states, head, groups, chunk_rows=chunk_rows))
+        return found[0].total
+
+    # The total as it leaves the head's modules: gradients have to go back through their hooks.
+    total = lens.with_plain_head(torch.cat(normed), compute)
+    return found[0]._replace(total=total)
+
+
+def _plain(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int) -> LossSums:
     sums = []
     for rows, group in zip(normed, groups, strict=True):
 
         def of_chunk(logits: Tensor, where: slice, group: Group = group) -> Tensor:
-            values = (
-                sparse_divergence(loss.divergence, logits, loss.targets[where], loss.tail) for loss in group.losses
-            )
-            return torch.stack([value.sum() for value in values])
+            return torch.stack([_sums(loss, logits, where) for loss in group.losses]).flatten()
 
-        sums.append(sum_over_chunks(lens.head, rows, of_chunk, chunk_rows=chunk_rows))
-    each = torch.cat(sums)
-    weights = torch.tensor([loss.weight for group in groups for loss in group.losses], device=each.device)
-    return (each * weights).sum(), each.detach()
+        sums.append(lens.sum_over_chunks(rows, of_chunk, chunk_rows=chunk_rows))
+    each, low, slack = torch.cat(sums).view(-1, 3).unbind(-1)
+    weights = torch.tensor([loss.weight for group in groups for loss in group.losses]).to(each)
+    return LossSums((each * weights).sum(), each.detach(), low.detach(), slack.detach())
+
+
+def _sums(loss: Loss, logits: Tensor, where: slice) -> Tensor:
+    """Value, low and slack of a loss, each summed over a chunk of rows."""
+    targets = loss.targets[where]
+    value = sparse_divergence(loss.spec, logits, targets, loss.tail).sum()
+    if loss.spec.name != "jsd":
+        return torch.stack([value, torch.zeros_like(value), torch.zeros_like(value)])
+    with torch.no_grad():
+        log_q = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        seen = BucketTail().outcomes(log_q, targets)
+        limits = jsd_certificate(seen.log_p, seen.log_q, *loss.spec.parameters, counts=seen.counts)
+    return torch.stack([value, limits.low.sum().to(value), limits.slack.sum().to(value)])

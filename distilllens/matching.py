@@ -2,17 +2,23 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilllens.by_layer import TailChoice, parse_tail_choices
 from distilllens.layer_maps import check_pairs, derive_pairs, parse_pairs
 from distilllens.lens import LogitLens, check_lens, num_layers
-from distilllens.tails import BucketTail, ProfileTail, Tail
+from distilllens.tails import BucketTail, ProfileTail, RenormTail, SampledTail, SketchTail, Tail
 from distilllens.vocabulary import tokenizer_digest
-from distilllens_cache import READER_FIELDS, CacheReader, tail_profile
+from distilllens_cache import READER_FIELDS, CacheReader, Identity, TailSpec, tail_profile
 
 ALIGNMENT = "alignment"
 """What ``--allow-mismatch`` calls the canary."""
+NEED_A_SKETCH = ("rkl", "jeffreys", "akl")
+"""Divergences with reverse KL in them, whose gradient a profile bends."""
+ROW_TAILS = ("sketch", "sampled")
+"""Tails that read something stored for each target."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Matching:
     tails: dict[int, Tail]
     final_layer: int
     tail: str
+    """The tails as one text, such as ``final=sketch:64,lens=profile``."""
     mismatches: tuple[str, ...]
     """Mismatches of the cache's identity that the user allowed."""
 
@@ -35,6 +42,8 @@ def match_student(
     *,
     pairs: str | None = None,
     tail: str | None = None,
+    task: str = "fkl",
+    lens_divergence: str = "jsd",
     allow_mismatch: str | None = None,
 ) -> Matching:
     """Check that ``model`` can be trained from or measured against a cache, and settle pairs and tails.
@@ -63,10 +72,12 @@ def match_student(
         num_teacher_layers=identity.num_layers,
         cached=identity.layers,
     )
-    tail = tail or ("bucket" if identity.store_tail == "none" else "profile")
     final_layer = identity.layers[-1]
-    tails = load_tails(reader, tail, sorted({final_layer, *(teacher for _, teacher in chosen)}))
-    return Matching(lens, chosen, tails, final_layer, tail, tuple(mismatches))
+    layers = sorted({final_layer, *(teacher for _, teacher in chosen)})
+    choices = choose_tails(identity, tail, layers, task=task, lens_divergence=lens_divergence)
+    reader.tail_rows = any(choice.name in ROW_TAILS for choice in choices.values())
+    tails = load_tails(reader, choices)
+    return Matching(lens, chosen, tails, final_layer, _text(choices), tuple(mismatches))
 
 
 def split_names(text: str | None) -> tuple[str, ...]:
@@ -74,14 +85,66 @@ def split_names(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def load_tails(reader: CacheReader, name: str, layers: list[int]) -> dict[int, Tail]:
-    """Tail ``name`` of each of ``layers``, as the cache holds it. ValueError where it doesn't."""
-    if name == "bucket":
-        return dict.fromkeys(layers, BucketTail())
-    sums = reader.tail_sums()
-    if missing := [layer for layer in layers if layer not in sums]:
-        raise ValueError(
-            f"--tail profile needs the cache's tail profile, and it has none for layer {missing[0]} "
-            f"(cached with --store-tail {reader.manifest.identity.store_tail}): use --tail bucket, or cache again"
-        )
-    return {layer: ProfileTail(torch.from_numpy(tail_profile(sums[layer])).log().float()) for layer in layers}
+def choose_tails(
+    identity: Identity, text: str | None, layers: list[int], *, task: str = "fkl", lens_divergence: str = "jsd"
+) -> dict[int, TailChoice]:
+    """What stands for the rest at each of ``layers``: what ``text`` asks for, else the best stored for the divergence.
+
+    ValueError where the cache doesn't store what is asked for.
+    """
+    final, lens = (None, None) if text is None else parse_tail_choices(text)
+    chosen = {}
+    for layer in layers:
+        stored, is_final = identity.tail_specs[layer], layer == identity.layers[-1]
+        best = _best(stored, task if is_final else lens_divergence)
+        choice = (final if is_final else lens) or best
+        has = {
+            "profile": stored.profile,
+            "sketch": stored.sketch is not None and (choice.rank or 1) <= stored.sketch.rank,
+            "sampled": stored.draws is not None,
+        }
+        if not has.get(choice.name, True):
+            raise ValueError(
+                f"--tail {choice} needs a cache that stores it, and at layer {layer} this one stores {stored}: choose "
+                f"--tail {best}, or cache again with another --store-tail"
+            )
+        chosen[layer] = choice
+    return chosen
+
+
+def _best(stored: TailSpec, divergence: str) -> TailChoice:
+    """What carries the dense gradient best: a sketch where reverse KL weighs the student's own tail."""
+    if stored.sketch is not None and (divergence.partition(":")[0] in NEED_A_SKETCH or not stored.profile):
+        return TailChoice("sketch")
+    if stored.profile:
+        return TailChoice("profile")
+    return TailChoice("bucket" if stored.draws is None else "sampled")
+
+
+def load_tails(reader: CacheReader, choices: dict[int, TailChoice]) -> dict[int, Tail]:
+    """The tail chosen for each layer, as the cache holds it."""
+    names = {choice.name for choice in choices.values()}
+    sums = reader.tail_sums() if "profile" in names else {}
+    sketches = reader.sketches() if "sketch" in names else {}
+
+    def tail(layer: int, choice: TailChoice) -> Tail:
+        match choice.name:
+            case "profile":
+                return ProfileTail(torch.from_numpy(tail_profile(sums[layer])).log().float())
+            case "sketch":
+                sketch = sketches[layer]
+                basis = torch.from_numpy(sketch.basis[:, : choice.rank].astype(np.float32))
+                return SketchTail(basis, torch.from_numpy(sketch.offset.copy()), sketch.softcap)
+            case "sampled":
+                return SampledTail()
+            case "renorm":
+                return RenormTail()
+            case _:
+                return BucketTail()
+
+    return {layer: tail(layer, choice) for layer, choice in choices.items()}
+
+
+def _text(choices: dict[int, TailChoice]) -> str:
+    final, lens = choices[max(choices)], {str(choice) for layer, choice in choices.items() if layer != max(choices)}
+    return str(final) if lens <= {str(final)} else f"final={final},lens={'/'.join(sorted(lens))}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from distilllens.calibration import write_sketches
 from distilllens.pass_plan import Plan, planned
 from distilllens_cache import CacheWriter
 
@@ -23,10 +24,6 @@ def estimate(plan: Plan) -> str:
     stride = max(1, len(examples) // SAMPLE_EXAMPLES)
     sample = [examples[index] for index in sorted(by_length[stride // 2 :: stride][:SAMPLE_EXAMPLES])]
     budget = plan.config.batch_tokens
-    plan.teacher.run(sample[:1], first_index=0, batch_tokens=budget)  # warm
-    started = time.perf_counter()
-    cached, tails = plan.teacher.run(sample, first_index=0, batch_tokens=budget)
-    seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as scratch:
         writer = CacheWriter(
             Path(scratch) / "sample",
@@ -35,15 +32,22 @@ def estimate(plan: Plan) -> str:
             tokenizer_files=plan.tokenizer_files,
             shards=[range(len(sample))],
         )
-        writer.write_shard(0, cached, tails)
+        # A sketch fitted to the sample has the size of the real one.
+        teacher = write_sketches(plan.teacher, writer, sample, batch_tokens=budget)
+        teacher.run(sample[:1], first_index=0, batch_tokens=budget)  # warm
+        started = time.perf_counter()
+        cached, tails = teacher.run(sample, first_index=0, batch_tokens=budget)
+        seconds = time.perf_counter() - started
+        writer.write_shard(0, cached, tails or None)
         folder = Path(scratch) / "sample"
-        of_targets = (folder / "shards" / "00000.arrow").stat().st_size
         of_tails = sum(file.stat().st_size for file in folder.glob("shards/*.tails.arrow"))
+        of_targets = sum(file.stat().st_size for file in folder.glob("shards/*.arrow")) - of_tails
         of_plan = folder_size(folder) - of_targets - of_tails
     sampled = sum(example.num_targets for example in sample)
     targets = sum(example.num_targets for example in examples)
     tokens = sum(example.num_tokens for example in examples)
-    seconds *= tokens / sum(example.num_tokens for example in sample)
+    calibration = plan.identity.calibration_targets / targets
+    seconds *= tokens / sum(example.num_tokens for example in sample) * (1 + min(1.0, calibration))
     per_target = of_targets / sampled
     # Every shard has tail sums, and the cache has their total.
     of_index = INDEX_BYTES * (len(examples) - len(sample))

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 import transformers
 
+from distilllens.by_layer import parse_by_layer
 from distilllens.config import CacheTeacherConfig
 from distilllens.data import Example, Examples, load_configured
-from distilllens.layer_maps import parse_layers, parse_top_k
+from distilllens.layer_maps import parse_layers
 from distilllens.lens import LogitLens, check_lens, num_layers
 from distilllens.models import config_digest, load_model, load_tokenizer, pick_device
 from distilllens.teacher_pass import TeacherPass
@@ -21,9 +22,15 @@ from distilllens.vocabulary import (
     tokenizer_digest,
 )
 from distilllens.weights_digest import weights_digest
-from distilllens_cache import FORMAT_VERSION, Identity, PlannedExample, plan_shards
+from distilllens.widths import Width
+from distilllens_cache import FORMAT_VERSION, Identity, PlannedExample, TailSpec, parse_tail_spec, plan_shards
 
-BYTES_PER_VALUE = {"arrow-fp16": 2, "arrow-fp32": 4}
+DEFAULT_RANK = 64
+"""Directions of the final layer's sketch, where nothing else is asked for."""
+BYTES_PER_ID = {"packed": 1.8, "arrow-fp16": 3.5, "arrow-fp32": 5.5}
+"""By codec: what a kept id and its log-probability take, after compression."""
+ADAPTIVE_IDS = 32
+"""Ids that a row of adaptive width keeps on average, at most: a flat final layer."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,11 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     require_matching_tokenizer(model, tokenizer, source)
     vocab_size = effective_vocab_size(model, tokenizer)
     layers = parse_layers(config.layers, num_layers(model))
-    top_k = parse_top_k(config.top_k, layers, vocab_size)
+    widths = parse_widths(config, layers, vocab_size)
     lens = LogitLens(model, lens_norm=config.lens_norm, vocab_size=vocab_size)
     check_lens(model, lens)
+    store_tail = stored_tails(config.store_tail, layers, lens)
+    has_sketch = any(spec.sketch for spec in store_tail.values())
     save_tokenizer(tokenizer, tokenizer_files)
     (tokenizer_files / "template.txt").write_text(template.source, encoding="utf-8")
     identity = Identity(
@@ -78,23 +87,59 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         dataset_digest=examples.digest,
         layers=layers,
         lens_norm=config.lens_norm,
-        top_k=top_k,
-        store_tail=config.store_tail,
+        top_k={layer: width.max_k for layer, width in widths.items()},
+        min_k={layer: width.min_k for layer, width in widths.items() if not width.is_fixed},
+        min_prob={layer: width.min_prob for layer, width in widths.items() if width.min_prob > 0},
+        top_p={layer: width.top_p for layer, width in widths.items() if width.top_p < 1},
+        store_tail={layer: str(spec) for layer, spec in store_tail.items()},
+        calibration_targets=config.calibration_targets if has_sketch else 0,
         temperature=config.temperature,
         codec=config.codec,
         batch_tokens=config.batch_tokens,
         examples_per_shard=config.examples_per_shard,
         seed=config.seed,
     )
-    teacher = TeacherPass(
-        model, lens, top_k=top_k, temperature=config.temperature, has_tail_sums=config.store_tail == "profile"
-    )
+    teacher = TeacherPass(model, lens, widths, store_tail, temperature=config.temperature, seed=config.seed)
     shards = plan_shards(
         planned(examples.examples),
         examples_per_shard=config.examples_per_shard,
-        bytes_per_target=raw_bytes_per_target(identity),
+        bytes_per_target=bytes_per_target(identity),
     )
     return Plan(config, teacher, examples, identity, shards, tokenizer_files)
+
+
+def parse_widths(config: CacheTeacherConfig, layers: tuple[int, ...], vocab_size: int) -> dict[int, Width]:
+    """How many tokens each layer keeps. ValueError that names the flag."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= vocab_size:
+            raise ValueError(f"{text} is outside 1 to {vocab_size}, the size of the teacher's vocabulary")
+        return int(text)
+
+    max_k = parse_by_layer("--top-k", config.top_k, layers, number, default=0)
+    if 0 in max_k.values():
+        raise ValueError(f"--top-k {config.top_k!r}: expected one number, or both of final=K,lens=K")
+    min_k = parse_by_layer("--min-k", config.min_k, layers, number, default=1)
+    min_prob = parse_by_layer("--min-prob", config.min_prob, layers, float, default=0.0)
+    top_p = parse_by_layer("--top-p", config.top_p, layers, float, default=1.0)
+    return {layer: Width(max_k[layer], min_k[layer], min_prob[layer], top_p[layer]) for layer in layers}
+
+
+def stored_tails(text: str, layers: tuple[int, ...], lens: LogitLens) -> dict[int, TailSpec]:
+    """What is stored of the tail of each layer. ValueError where the teacher's head allows no such sketch."""
+    head = lens.plain_head()
+    hidden_size = 0 if head is None else head.weight.shape[1]
+    if text == "auto":
+        text = "profile" if head is None else f"lens=profile,final=profile+sketch:{min(DEFAULT_RANK, hidden_size)}"
+    found = parse_by_layer("--store-tail", text, layers, parse_tail_spec, default=TailSpec())
+    for spec in found.values():
+        if spec.sketch is not None and head is None:
+            raise ValueError(f"--store-tail {spec}: a sketch needs a teacher whose head is one matrix; use profile")
+        if spec.sketch is not None and spec.sketch.rank > hidden_size:
+            raise ValueError(
+                f"--store-tail {spec}: the teacher's hidden size is {hidden_size}, and a sketch has no more directions"
+            )
+    return found
 
 
 def planned(examples: Sequence[Example]) -> list[PlannedExample]:
@@ -104,7 +149,11 @@ def planned(examples: Sequence[Example]) -> list[PlannedExample]:
     ]
 
 
-def raw_bytes_per_target(identity: Identity) -> float:
-    """Bytes of one target position over all layers before compression: ids, log-probabilities, count and rest."""
-    value = BYTES_PER_VALUE[identity.codec]
-    return sum(k * (4 + value) + 2 + value for k in identity.top_k.values())
+def bytes_per_target(identity: Identity) -> float:
+    """About what one target position takes over all layers, as stored. Follows from the settings alone."""
+    per_id = BYTES_PER_ID[identity.codec]
+    kept = (
+        min(k, ADAPTIVE_IDS) if layer in identity.min_prob or layer in identity.top_p else k
+        for layer, k in identity.top_k.items()
+    )
+    return sum(k * per_id + 4 for k in kept) + sum(spec.row_bytes(2) for spec in identity.tail_specs.values())

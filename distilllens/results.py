@@ -101,13 +101,18 @@ def results_table(results: EvaluateResults) -> Table:
     """One line per metric, one column per model; what was not measured has no line."""
     columns = [dict(_lines(scores)) for scores in results.models]
     names = list(dict.fromkeys(name for column in columns for name in column))
-    table = Table("metric")
+    has_limits = any(key.startswith(LOW) for scores in results.models for key in scores.teacher_forced)
+    table = Table("metric", caption=LIMITS if has_limits else None)
     for label in _labels([scores.model for scores in results.models]):
         table.add_column(label, justify="right", overflow="fold")
     for name in names:
         table.add_row(name, *(column.get(name, "-") for column in columns))
     return table
 
+
+LOW, HIGH = "lens_jsd_low/", "lens_jsd_high/"
+"""Before a pair: the limits that the cache certifies for its JSD over the whole vocabulary."""
+LIMITS = "(low - high): limits of the JSD over the whole vocabulary"
 
 _TEACHER_FORCED_NAMES = {
     "kl": "KL to the teacher (nats)",
@@ -136,12 +141,21 @@ def _lines(scores: ModelScores) -> list[tuple[str, str]]:
             ("loss on the references (nats)", f"{scores.references.loss:.4f}"),
             ("perplexity of the references", "-" if perplexity is None else f"{perplexity:.2f}"),
         ]
-    for key, value in scores.teacher_forced.items():
+    forced = scores.teacher_forced
+    for key, value in forced.items():
+        if key.startswith((LOW, HIGH)):
+            continue
         pair = key.removeprefix("lens_jsd/")
         name = f"lens JSD {pair} (nats)" if pair != key else _TEACHER_FORCED_NAMES.get(key, key)
-        text = "-" if value is None else f"{value:.0f}" if key.startswith("num_") else f"{value:.4f}"
+        text = f"{value:.0f}" if value is not None and key.startswith("num_") else _number(value)
+        if LOW + pair in forced:
+            text += f" ({_number(forced[LOW + pair])} - {_number(forced[HIGH + pair])})"
         lines.append((name, text))
     return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _labels(models: Sequence[str]) -> list[str]:

@@ -3,14 +3,11 @@
 import itertools
 
 import torch
-from torch import Tensor
 
 from distilllens.collate import Batch
 from distilllens.divergence import sparse_divergence
 from distilllens.matching import ALIGNMENT
 from distilllens.student import Objective
-from distilllens.tails import BucketTail, Tail
-from distilllens.targets import SparseTargets
 from distilllens_cache import CacheReader, canary
 
 CHECKED_ROWS = 64
@@ -44,7 +41,7 @@ def check_objective(batch: Batch, objective: Objective, *, vocab_size: int) -> N
     for name, layer in terms:
         targets, tail = batch.targets[layer][:CHECKED_ROWS], batch.tails[layer]
         where = f"self-check of {name} at teacher layer {layer}"
-        own = completed_logits(targets, tail, vocab_size)
+        own = tail.completed(targets, vocab_size)
         itself = sparse_divergence(name, own, targets, tail).mean().item()
         if not itself < ZERO:
             raise ValueError(
@@ -62,13 +59,3 @@ def check_objective(batch: Batch, objective: Objective, *, vocab_size: int) -> N
         (gradient,) = torch.autograd.grad(other, shuffled)
         if not is_one_distribution and not 0 < gradient.abs().max().item() < float("inf"):
             raise ValueError(f"{where}: the loss has no usable gradient; distillation would be off")
-
-
-def completed_logits(targets: SparseTargets, tail: Tail, vocab_size: int) -> Tensor:
-    """Logits (N, V) whose softmax is the targets completed by ``tail``; a bucket's rest is spread evenly."""
-    if not isinstance(tail, BucketTail):
-        return tail.teacher(targets)
-    outside = (vocab_size - targets.is_kept.sum(-1)).clamp_min(1)
-    spread = (targets.log_rest - outside.log())[:, None].expand(-1, vocab_size + 1)
-    slots = torch.where(targets.is_kept, targets.ids, vocab_size)
-    return spread.scatter(-1, slots, targets.log_probs)[:, :vocab_size]

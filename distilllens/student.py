@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distilllens.chunked import sum_over_chunks
 from distilllens.collate import Batch
-from distilllens.divergence import cross_entropy, sparse_divergence
+from distilllens.divergence import cross_entropy, jsd_certificate, sparse_divergence
+from distilllens.divergence_spec import parse_divergence
 from distilllens.fused import Group, Loss, certain_targets
 from distilllens.lens import LogitLens, rows_at
 from distilllens.losses import sum_losses
@@ -41,6 +41,11 @@ class Objective:
         return (*sorted({teacher for _, teacher in self.lens_pairs}), *final)
 
     @property
+    def lens_layers(self) -> tuple[int, ...]:
+        """Student layers whose lens the loss reads."""
+        return tuple(student for student, _ in self.lens_pairs)
+
+    @property
     def needs_final_targets(self) -> bool:
         """Whether the loss reads the teacher's final distribution."""
         return self.kd_ratio > 0 and self.task != "ce"
@@ -59,6 +64,9 @@ class Student(nn.Module):
     def forward(self, batch: Batch, measured_pairs: Pairs | None = None) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
+        ``lens/s:t`` is the divergence of a pair. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
+        of the JSD over the whole vocabulary, which sparse targets do not determine.
+
         With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``.
         """
         measures = measured_pairs is not None
@@ -67,18 +75,20 @@ class Student(nn.Module):
         hidden = self.lens.hidden_states(
             batch.input_ids, batch.attention_mask, sorted({final_layer, *(student for student, _ in pairs)})
         )
-        final = rows_at(hidden[final_layer], batch.is_target)
-        inner = {pair: self.lens.normed(rows_at(hidden[pair[0]], batch.is_target), pair[0]) for pair in pairs}
+        rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
         if measures:
-            return self._measure_final(final, batch) | {
-                f"lens/{student}:{teacher}": self._lens_jsd(rows, batch, teacher)
-                for (student, teacher), rows in inner.items()
-            }
-        return self._losses(final, inner, batch)
+            sums = self._measure_final(rows[final_layer], batch)
+            for student, teacher in pairs:
+                normed = self.lens.normed(rows[student], student)
+                sums |= self._measure_lens(normed, batch, (student, teacher))
+            return sums
+        # Rows that a lens layer doesn't read go through neither norm nor head.
+        inner = {pair: self.lens.normed(rows[pair[0]][batch.lens_rows.at(pair[0])], pair[0]) for pair in pairs}
+        return self._losses(rows[final_layer], inner, batch)
 
     def _losses(self, final: Tensor, inner: dict[tuple[int, int], Tensor], batch: Batch) -> dict[str, Tensor]:
         objective = self.objective
-        rho, lens_share = objective.kd_ratio, objective.lens_weight / max(1, len(inner))
+        rho, per_pair = objective.kd_ratio, objective.lens_weight / max(1, len(inner))
         # Cross-entropy is the forward KL from all mass on the next token.
         of_next = certain_targets(batch.next_ids)
         at_final = {"ce": Loss("fkl", of_next, BucketTail(), 1 - rho)}
@@ -86,25 +96,34 @@ class Student(nn.Module):
             at_final["task"] = self._loss(objective.task, batch, batch.final_layer, rho)
         elif rho > 0:
             at_final["task"] = Loss("fkl", of_next, BucketTail(), rho)
-        at_lens = {
-            f"lens/{student}:{teacher}": self._loss(objective.lens_divergence, batch, teacher, rho * lens_share)
-            for student, teacher in inner
-        }
         groups = [Group(len(final), tuple(at_final.values()))]
-        groups += [Group(len(final), (loss,)) for loss in at_lens.values()]
-        total, each = sum_losses([final, *inner.values()], groups, self.lens, chunk_rows=self.chunk_rows)
-        return {"total": total, **dict(zip([*at_final, *at_lens], each, strict=True))}
+        groups += [Group(len(rows), (self._lens_loss(batch, pair, rho * per_pair),)) for pair, rows in inner.items()]
+        found = sum_losses([final, *inner.values()], groups, self.lens, chunk_rows=self.chunk_rows)
+        sums = {"total": found.total, **dict(zip(at_final, found.each, strict=False))}
+        of_lens = torch.stack([found.each, found.low, found.slack], -1)[len(at_final) :] / batch.lens_rows.share
+        is_jsd = parse_divergence(objective.lens_divergence).name == "jsd"
+        for pair, values in zip(inner, of_lens, strict=True):
+            sums |= _named(pair, *values, is_jsd=is_jsd)
+        return sums
 
     def _loss(self, divergence: str, batch: Batch, layer: int, weight: float) -> Loss:
         return Loss(divergence, batch.targets[layer], batch.tails[layer], weight)
 
-    def _lens_jsd(self, rows: Tensor, batch: Batch, layer: int) -> Tensor:
-        targets, tail = batch.targets[layer], batch.tails[layer]
+    def _lens_loss(self, batch: Batch, pair: tuple[int, int], weight: float) -> Loss:
+        student, teacher = pair
+        targets, weight = batch.targets[teacher][batch.lens_rows.at(student)], weight / batch.lens_rows.share
+        return Loss(self.objective.lens_divergence, targets, batch.tails[teacher], weight)
+
+    def _measure_lens(self, rows: Tensor, batch: Batch, pair: tuple[int, int]) -> dict[str, Tensor]:
+        targets, tail = batch.targets[pair[1]], batch.tails[pair[1]]
 
         def losses(logits: Tensor, where: slice) -> Tensor:
-            return sparse_divergence("jsd", logits, targets[where], tail).sum()[None]
+            bucket = BucketTail().outcomes(logits.float().log_softmax(-1), targets[where])
+            low, slack = jsd_certificate(bucket.log_p, bucket.log_q, counts=bucket.counts)
+            value = sparse_divergence("jsd", logits, targets[where], tail)
+            return torch.stack([value.sum(), low.sum(), slack.sum()])
 
-        return sum_over_chunks(self.lens.head, rows, losses, chunk_rows=self.chunk_rows)[0]
+        return _named(pair, *self.lens.sum_over_chunks(rows, losses, chunk_rows=self.chunk_rows), is_jsd=True)
 
     def _measure_final(self, rows: Tensor, batch: Batch) -> dict[str, Tensor]:
         targets, tail = batch.targets[batch.final_layer], batch.tails[batch.final_layer]
@@ -120,6 +139,12 @@ class Student(nn.Module):
             correct = empty.index_add(0, bins, (top_1 == next_ids).float())
             return torch.cat([torch.stack([kl, ce, agrees]), empty.index_add(0, bins, confidence), correct])
 
-        sums = sum_over_chunks(self.lens.head, rows, losses, chunk_rows=self.chunk_rows)
+        sums = self.lens.sum_over_chunks(rows, losses, chunk_rows=self.chunk_rows)
         confidence, correct = sums[3:].view(2, CALIBRATION_BINS)
         return {"kl": sums[0], "ce": sums[1], "agrees": sums[2], "confidence": confidence, "correct": correct}
+
+
+def _named(pair: tuple[int, int], value: Tensor, low: Tensor, slack: Tensor, *, is_jsd: bool) -> dict[str, Tensor]:
+    student, teacher = pair
+    limits = {"lens_low": low, "lens_high": low + slack} if is_jsd else {}
+    return {f"{name}/{student}:{teacher}": sums for name, sums in {"lens": value, **limits}.items()}

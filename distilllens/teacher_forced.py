@@ -35,6 +35,10 @@ def averages(
     ln 2), ``top1_agreement`` (share of positions whose likeliest token is the teacher's),
     ``calibration_error`` (expected calibration error of the likeliest token against the true next one), and
     ``num_targets``. Ranks share the batches; every rank returns the same numbers.
+
+    The certificate: the JSD over the whole vocabulary, which a cache cannot know, lies between ``lens_jsd_low/s:t`` and
+    ``lens_jsd_high/s:t``, which follow from the stored masses alone. ``lens_jsd/s:t`` is its estimate by the tail, and
+    may lie outside where the tail is wrong.
     """
     size = min(len(reader), limit or len(reader))
     batches = pack_by_length(reader.num_tokens[:size].tolist(), token_budget=MEASURE_TOKENS)
@@ -52,7 +56,8 @@ def averages(
     count = int(reader.num_targets[:size].sum())
     pairs = [name for name in totals if name.startswith("lens/")]
     result = {"kl": totals["kl"].item() / count}
-    result |= {name.replace("lens/", "lens_jsd/"): totals[name].item() / count for name in pairs}
+    of_lens = (name for name in totals if name.startswith("lens"))
+    result |= {name.replace("lens", "lens_jsd", 1): totals[name].item() / count for name in of_lens}
     if pairs:
         result["lens_jsd"] = sum(totals[name].item() for name in pairs) / len(pairs) / count
     return result | {

@@ -17,6 +17,7 @@ from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
 from distilllens.engine import Engine, choose_device, start_engine
 from distilllens.interruption import Interruption
+from distilllens.lens_rows import choose_lens_rows
 from distilllens.metrics import Metrics, RunningSums
 from distilllens.schedule import learning_rate
 from distilllens.self_check import check_objective
@@ -65,7 +66,7 @@ def run_train(config: TrainConfig) -> Path:
 
 def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
-    config, num_steps = run.config, state.max_steps
+    config, num_steps, lens_layers = run.config, state.max_steps, run.student.objective.lens_layers
     metrics = Metrics(config.output_dir, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
     sums.restore(state.pending)
@@ -76,10 +77,9 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
             num_targets = steps.num_targets(step)
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
-                batch = collate(
-                    [run.source[index] for index in steps.micro_batch(step, number, engine.rank)], run.tails
-                )
-                batch = batch.to(engine.device)
+                examples = [run.source[index] for index in steps.micro_batch(step, number, engine.rank)]
+                rows = choose_lens_rows(examples, lens_layers, share=config.lens_rows, seed=config.seed, step=step)
+                batch = collate(examples, run.tails, lens_rows=rows).to(engine.device)
                 waited = time.perf_counter() - started
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))

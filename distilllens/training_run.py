@@ -108,7 +108,8 @@ Opened = tuple[ExampleSource, LogitLens, Objective, dict[int, Tail], dict[str, A
 def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opened:
     assert config.cache is not None
     reader = CacheReader(config.cache, shards_in_memory=WINDOW_SHARDS + 1)
-    matching = _match(config, model, tokenizer, reader)
+    losses = {} if config.task == "ce" else {"task": config.task}
+    matching = _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
     objective = _objective(config, matching.pairs)
     if config.method == "distilllens":
         say(check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch)))
@@ -143,14 +144,19 @@ def _open_evaluation(
     if config.eval_cache is None:
         return None
     reader = CacheReader(config.eval_cache)
+    # What is reported is forward KL and JSD, whatever the loss.
     return Evaluation(reader, _match(config, model, tokenizer, reader))
 
 
 def _match(
-    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reader: CacheReader
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reader: CacheReader,
+    **losses: str,
 ) -> Matching:
     return match_student(
-        model, tokenizer, reader, pairs=config.pairs, tail=config.tail, allow_mismatch=config.allow_mismatch
+        model, tokenizer, reader, pairs=config.pairs, tail=config.tail, allow_mismatch=config.allow_mismatch, **losses
     )
 
 

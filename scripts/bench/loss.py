@@ -25,10 +25,12 @@ from torch.nn import functional
 from distilllens.chunked import sum_over_chunks
 from distilllens.divergence import sparse_divergence
 from distilllens.fused import Group, Head, Loss, fused_losses
-from distilllens.tails import BucketTail, ProfileTail, Tail
+from distilllens.tails import BucketTail, ProfileTail, SketchTail, Tail
 from distilllens.targets import SparseTargets, take_top_k
 
-CHUNK = 256
+CHUNK = 128
+"""Rows whose logits are alive at a time: the default of ``loss_chunk_rows``."""
+RANK = 64
 
 
 class Problem:
@@ -42,8 +44,10 @@ class Problem:
             self.teacher_states = self.states + 0.3 * torch.randn(rows, hidden)
             parts = [take_top_k(part @ self.weight.T, k) for part in self.teacher_states.split(CHUNK)]
         fields = ("ids", "log_probs", "is_kept", "log_rest")
-        self.targets = SparseTargets(*(torch.cat([getattr(part, field) for part in parts]) for field in fields))
+        codes = torch.randint(-40, 40, (rows, RANK), dtype=torch.int8)
+        self.targets = SparseTargets(*(torch.cat([getattr(part, field) for part in parts]) for field in fields), codes)
         self.profile = ProfileTail(torch.randn(vocab).mul(2).log_softmax(-1))
+        self.sketch = SketchTail(torch.randn(vocab, RANK) / 100, torch.randn(vocab))
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.states, self.weight))
@@ -53,16 +57,18 @@ class Problem:
     def floor(self) -> None:
         """Three products, chunk by chunk, accumulating as everybody must."""
         states, weight = self.states.detach(), self.weight.detach()
-        of_weight = torch.zeros_like(weight)
-        for rows in states.split(CHUNK):
-            logits = rows @ weight.T
-            logits @ weight
+        of_weight, of_states = torch.zeros_like(weight), torch.empty_like(states)
+        chunk = torch.empty(CHUNK, len(weight))
+        for start in range(0, len(states), CHUNK):
+            rows = states[start : start + CHUNK]
+            logits = torch.mm(rows, weight.T, out=chunk[: len(rows)])
+            torch.mm(logits, weight, out=of_states[start : start + CHUNK])
             of_weight.addmm_(logits.T, rows)
 
     def fused(self, tail: Tail) -> None:
         """Ours."""
         group = Group(len(self.states), (Loss("jsd", self.targets, tail, 1.0),))
-        self.gradients(fused_losses(self.states, Head(self.weight), [group], chunk_rows=CHUNK)[0])
+        self.gradients(fused_losses(self.states, Head(self.weight), [group], chunk_rows=CHUNK).total / len(self.states))
 
     def checkpointed(self, tail: Tail) -> None:
         """Chunks under autograd, logits computed twice (as TRL and NeMo do); our plain twin."""
@@ -135,11 +141,13 @@ def main() -> None:
         "floor: three products": problem.floor,
         "fused, bucket": lambda: problem.fused(BucketTail()),
         "fused, profile": lambda: problem.fused(problem.profile),
+        f"fused, sketch:{RANK}": lambda: problem.fused(problem.sketch),
     }
     if not arguments.ours_only:
         ways |= {
             "checkpointed chunks, bucket": lambda: problem.checkpointed(BucketTail()),
             "checkpointed chunks, profile": lambda: problem.checkpointed(problem.profile),
+            f"checkpointed chunks, sketch:{RANK}": lambda: problem.checkpointed(problem.sketch),
             "graph per chunk, bucket (Liger's way)": problem.per_chunk_gradients,
             "logits per layer, bucket (DistillKit's way)": problem.per_layer_logits,
             "dense float32 (released DistillLens)": problem.dense,

@@ -168,7 +168,7 @@ def test_padded_rows_of_the_head_are_left_out(tiny_model, tiny_tokenizer, rows, 
         model.lm_head.weight[len(tiny_tokenizer) :] *= 10
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    reader = cache(folder, rows, tmp_path / "cache", top_k="320", codec="arrow-fp32", limit=3)
+    reader = cache(folder, rows, tmp_path / "cache", top_k="320", min_prob="0", codec="arrow-fp32", limit=3)
     assert reader.manifest.identity.vocab_size == len(tiny_tokenizer)
     targets = reader[0].targets[4]
     assert targets.ids.max() < len(tiny_tokenizer)

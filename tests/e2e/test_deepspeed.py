@@ -29,7 +29,25 @@ def cache(tmp_path_factory, tiny_model_folder, tiny_rows, write_jsonl) -> Path:
     )
 
 
-def launch(student: Path, cache: Path, run: Path, *more: str, resume: bool = False) -> None:
+FUSED_ONLY = """
+from distilllens import cli, losses
+
+def refuse(*_):
+    raise AssertionError("a loss took the plain way")
+
+losses._plain = refuse
+cli.main()
+"""
+
+
+def launch(
+    student: Path,
+    cache: Path,
+    run: Path,
+    *more: str,
+    resume: bool = False,
+    program: tuple[str, ...] = ("-m", "distilllens"),
+) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     flags += ["--per-device-train-batch-size=2", "--gradient-accumulation-steps=2"]
     flags += [*more, *(["--resume-from-checkpoint"] if resume else [])]
@@ -43,8 +61,7 @@ def launch(student: Path, cache: Path, run: Path, *more: str, resume: bool = Fal
         "29571",
     ]
     command += [
-        "-m",
-        "distilllens",
+        *program,
         "train",
         f"--student={student}",
         f"--cache={cache}",
@@ -83,6 +100,30 @@ def test_a_student_sharded_by_zero_3_is_saved_whole(cache, tiny_model_folder, tm
     config = {"student": str(student), "cache": cache, "per_device_train_batch_size": 8, **SETTINGS}
     run_train(TrainConfig(output_dir=tmp_path / "one", **config))
     launch(student, cache, tmp_path / "three", f"--deepspeed={file}")
+    wanted = [line["train/loss"] for line in read_metrics(tmp_path / "one")]
+    assert [line["train/loss"] for line in read_metrics(tmp_path / "three")] == pytest.approx(wanted, abs=1e-5)
+    one, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "three"))
+    for name in one:
+        torch.testing.assert_close(three[name], one[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("task", ["fkl", "akl"])
+def test_a_head_sharded_by_zero_3_is_whole_in_every_way_through_it(
+    cache, tiny_model_folder, tmp_path, task: str
+) -> None:
+    """Ranks have different numbers of rows, so their numbers of chunks differ too. ``akl`` has no fused form."""
+    student = tiny_model_folder("llama", num_layers=3, seed=1, tied=task == "akl")
+    file, program = tmp_path / "zero3.json", tmp_path / "fused_only.py"
+    file.write_text(
+        '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",'
+        ' "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+    )
+    program.write_text(FUSED_ONLY)
+    config = {"student": str(student), "cache": cache, "per_device_train_batch_size": 8, "task": task, **SETTINGS}
+    run_train(TrainConfig(output_dir=tmp_path / "one", **config))
+    way = (str(program),) if task == "fkl" else ("-m", "distilllens")
+    flags = (f"--deepspeed={file}", "--loss-chunk-rows=5", f"--task={task}")
+    launch(student, cache, tmp_path / "three", *flags, program=way)
     wanted = [line["train/loss"] for line in read_metrics(tmp_path / "one")]
     assert [line["train/loss"] for line in read_metrics(tmp_path / "three")] == pytest.approx(wanted, abs=1e-5)
     one, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "three"))

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from distilllens import evaluate
 from distilllens.config import CacheTeacherConfig, EvaluateConfig
 from distilllens.data import load_examples
+from distilllens.divergence import jensen_shannon
 from distilllens.evaluate import run_evaluate
 from distilllens.generate import generate
 from distilllens.results import EvaluateResults
 from distilllens.rouge import ROUGE_SETTINGS, RougeL
+from distilllens_cache import CacheReader
 
 FILES = ["config.resolved.yaml", "predictions.jsonl", "results.json", "settings.json"]
 
@@ -222,7 +225,7 @@ def test_a_model_scored_against_its_own_cache_agrees_with_itself(config, model, 
     run_cache_teacher(
         CacheTeacherConfig.model_validate(
             {"teacher": str(model), "dataset": str(dataset), "layers": "2", "device": "cpu", "top_k": "320"}
-            | {"codec": "arrow-fp32", "output_dir": cache}
+            | {"min_prob": "0", "store_tail": "profile", "codec": "arrow-fp32", "output_dir": cache}
         )
     )
     results = run_evaluate(config(cache=cache, pairs="2:2", seeds=(1,), max_new_tokens=1))
@@ -240,6 +243,48 @@ def test_a_model_scored_against_its_own_cache_agrees_with_itself(config, model, 
     assert alone.models[0].written is None
 
 
+@pytest.mark.parametrize("top_k", ["6", "320"])
+def test_the_dense_jsd_lies_between_the_limits_that_the_cache_certifies(
+    config, model, tiny_model_folder, dataset, tmp_path, capsys, top_k: str
+):
+    """The dense value is computed here, with the teacher in memory; with every token stored nothing is uncertain."""
+    from distilllens.cache_teacher import run_cache_teacher
+
+    cache, student = tmp_path / "cache", tiny_model_folder("llama", num_layers=3, seed=1)
+    settings = {"layers": "1,3", "top_k": top_k, "min_prob": "0", "store_tail": "profile", "codec": "arrow-fp32"}
+    settings |= {"device": "cpu", "output_dir": cache}
+    run_cache_teacher(CacheTeacherConfig.model_validate({"teacher": str(model), "dataset": str(dataset), **settings}))
+    (scores,) = run_evaluate(config(model=(str(student),), dataset=None, cache=cache, pairs="1:1,2:3")).models
+    theirs, mine = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, student))
+    table = capsys.readouterr().out
+    for pair in ((1, 1), (2, 3)):
+        values = torch.cat([dense_jsd(mine, theirs, example, pair) for example in CacheReader(cache)])
+        name = f"{pair[0]}:{pair[1]}"
+        jsd, low, high = (scores.teacher_forced[f"lens_jsd{which}/{name}"] for which in ("", "_low", "_high"))
+        assert jsd is not None
+        assert low is not None
+        assert high is not None
+        assert low - 1e-5 <= values.mean().item() <= high + 1e-5
+        if top_k == "320":
+            assert (low, jsd, high) == (pytest.approx(values.mean().item(), abs=1e-5),) * 3
+        else:
+            assert high > low + 0.01
+        assert f"{jsd:.4f} ({low:.4f} - {high:.4f})" in table
+    assert "(low - high): limits of the JSD" in table
+
+
+def dense_jsd(student, teacher, example, pair: tuple[int, int]) -> torch.Tensor:
+    """Per target position, from the distributions over the whole vocabulary."""
+    ids = torch.tensor(example.token_ids.astype("int64"))[None]
+    where = torch.tensor(example.target_positions.astype("int64"))
+    logs = []
+    with torch.no_grad():
+        for model, layer in zip((teacher, student), (pair[1], pair[0]), strict=True):
+            hidden = model(ids, output_hidden_states=True).hidden_states[layer]
+            logs.append(model.lm_head(model.model.norm(hidden))[0, where].log_softmax(-1))
+    return jensen_shannon(*logs)
+
+
 def test_a_cache_of_another_tokenizer_is_refused_before_anything_is_generated(
     config, tiny_model_folder, tiny_chat_tokenizer, dataset, tmp_path, monkeypatch
 ):
@@ -254,6 +299,7 @@ def test_a_cache_of_another_tokenizer_is_refused_before_anything_is_generated(
                 "dataset": str(dataset),
                 "layers": "2",
                 "top_k": "8",
+                "store_tail": "profile",
                 "output_dir": cache,
             }
         )

@@ -1,6 +1,7 @@
 """Training from a cache on tiny models: the same numbers as with the teacher in memory, exactly resumable."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from distilllens.schedule import learning_rate
 from distilllens.train import run_train
 from distilllens_cache import CacheError, CacheReader
 
-CACHE = {"layers": "2", "top_k": "16", "max_length": 300, "examples_per_shard": 5, "device": "cpu"}
+CACHE = {
+    "layers": "2", "top_k": "16", "min_prob": "0", "store_tail": "profile", "max_length": 300, "examples_per_shard": 5,
+    "device": "cpu",
+}  # fmt: skip
 TRAIN = {
     "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 2e-3, "save_steps": 3,
     "device": "cpu",
@@ -67,6 +71,10 @@ def test_a_student_learns_and_loads_with_plain_transformers(student, make_cache,
     assert last["train/loss"] < 0.5 * first["train/loss"]
     assert first["train/loss"] == pytest.approx(first["train/task"] + first["train/lens/2:2"], rel=1e-5)
     assert lines[-1]["eval/kl"] < first["train/task"]
+    for name, line in (("train/lens", first), ("train/lens", last), ("eval/lens_jsd", lines[-1])):
+        low, high = line[f"{name}_low/2:2"], line[f"{name}_high/2:2"]
+        assert 0 < low < line[f"{name}/2:2"] < high < math.log(2)
+        assert line[name] == line[f"{name}/2:2"]  # the mean over pairs, limits not among them
     before, after = weights(student), weights(tmp_path / "run")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -270,6 +278,29 @@ def test_saving_memory_changes_no_number(student, make_cache, tmp_path, settings
     assert [line["train/loss"] for line in lean] == pytest.approx([line["train/loss"] for line in plain], abs=1e-5)
 
 
+def test_a_quarter_of_the_lens_rows_trains_alike_however_a_step_is_divided_or_stopped(
+    student, make_cache, tmp_path
+) -> None:
+    settings = {"lens_rows": 0.25, "max_steps": 12, "save_steps": 6}
+    full = train(student, make_cache(), tmp_path / "full", **{**settings, "lens_rows": 1.0})
+    some = train(student, make_cache(), tmp_path / "some", **settings)
+    assert [line["train/lens"] for line in some] != [line["train/lens"] for line in full]
+    whole, estimate = (sum(line["train/lens"] for line in lines) / len(lines) for lines in (full, some))
+    assert estimate == pytest.approx(whole, rel=0.2)
+    assert all(line["train/lens_low/2:2"] < line["train/lens_high/2:2"] for line in some)
+    half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    parted = train(student, make_cache(), tmp_path / "parted", **settings, **half)
+    for name in ("train/loss", "train/lens", "train/grad_norm"):
+        assert [line[name] for line in parted] == pytest.approx([line[name] for line in some], abs=1e-5)
+    shutil.rmtree(tmp_path / "some" / "checkpoint-12")
+    resumed = train(student, make_cache(), tmp_path / "some", resume_from_checkpoint="latest", **settings)
+    assert without_clock(resumed) == without_clock(some)
+    with pytest.raises(ValueError, match=r"  lens_rows: the checkpoint has 0\.25, this run has 0\.5"):
+        train(
+            student, make_cache(), tmp_path / "some", resume_from_checkpoint="latest", **{**settings, "lens_rows": 0.5}
+        )
+
+
 def test_bfloat16_follows_float32(student, make_cache, tmp_path) -> None:
     plain = train(student, make_cache(), tmp_path / "plain")
     half = train(student, make_cache(), tmp_path / "half", bf16=True)
@@ -308,7 +339,7 @@ def test_a_student_with_another_tokenizer_is_refused(
 
 def test_a_profile_that_the_cache_does_not_hold_is_refused(student, make_cache, tmp_path) -> None:
     cache = make_cache(store_tail="none")
-    with pytest.raises(ValueError, match="use --tail bucket"):
+    with pytest.raises(ValueError, match="choose --tail bucket"):
         train(student, cache, tmp_path / "run", tail="profile")
     assert train(student, cache, tmp_path / "run", max_steps=1)
 

@@ -66,7 +66,7 @@ def test_divergences_stay_in_their_range(seed: int, k: int, name: str, bucket: b
 def test_completed_targets_are_distributions_that_keep_the_top_k(seed: int, k: int) -> None:
     teacher, other = pair(seed)
     targets = take_top_k(teacher, k)
-    completed = ProfileTail(other.mean(0).log_softmax(-1)).teacher(targets)
+    completed = ProfileTail(other.mean(0).log_softmax(-1)).completed(targets, V)
     torch.testing.assert_close(completed.exp().sum(-1), torch.ones(8, dtype=torch.float64), atol=1e-5, rtol=0)
     torch.testing.assert_close(completed.gather(-1, targets.ids), targets.log_probs)
 

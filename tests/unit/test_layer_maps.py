@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilllens.layer_maps import PRESETS, check_pairs, derive_pairs, parse_layers, parse_pairs, parse_top_k
+from distilllens.layer_maps import PRESETS, check_pairs, derive_pairs, parse_layers, parse_pairs
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,3 @@ def test_pairs_outside_the_models_or_the_cache_are_refused(pairs: str, message: 
 def test_pairs_that_cannot_be_read_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--pairs"):
         parse_pairs(text)
-
-
-def test_top_k_is_one_number_or_one_for_the_final_layer_and_one_for_the_lens() -> None:
-    assert parse_top_k("16", (4, 12), 100) == {4: 16, 12: 16}
-    assert parse_top_k("final=64,lens=32", (4, 8, 12), 100) == {4: 32, 8: 32, 12: 64}
-    assert parse_top_k("8,final=64", (4, 12), 100) == {4: 8, 12: 64}
-
-
-@pytest.mark.parametrize("text", ["101", "0", "x", "final=3", "first=1,lens=2", "final=3,lens=4,5"])
-def test_top_k_that_cannot_be_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--top-k"):
-        parse_top_k(text, (4, 12), 100)

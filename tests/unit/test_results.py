@@ -37,6 +37,8 @@ FULL = ModelScores(
     teacher_forced={
         "kl": 0.25,
         "lens_jsd/2:8": 0.125,
+        "lens_jsd_low/2:8": 0.12,
+        "lens_jsd_high/2:8": 0.14,
         "lens_jsd": 0.125,
         "calibration_error": None,
         "num_targets": 9.0,
@@ -69,7 +71,9 @@ def test_the_table_has_a_line_per_metric_and_a_column_per_model():
     assert lines["ROUGE-L (2 seeds)"] == ["25.00 ± 14.14", "-"]
     assert lines["answers ended by the model"] == ["50%", "-"]
     assert lines["KL to the teacher (nats)"] == ["0.2500", "0.5000"]
-    assert lines["lens JSD 2:8 (nats)"] == ["0.1250", "-"]
+    assert lines["lens JSD 2:8 (nats)"] == ["0.1250 (0.1200 - 0.1400)", "-"]
+    assert lines["lens JSD, mean of pairs (nats)"] == ["0.1250", "-"]
+    assert not any("low" in name or "high" in name for name in lines)
     assert lines["calibration error"] == ["-", "-"]
     assert lines["target positions of the cache"] == ["9", "-"]
 

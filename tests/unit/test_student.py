@@ -1,12 +1,17 @@
 """The student's sums: no partition, chunk or order changes them, and each part means what it says."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 import torch
 
+import distilllens.student as student_module
 from distilllens.collate import Batch, collate
-from distilllens.divergence import sparse_divergence
+from distilllens.divergence import jensen_shannon, sparse_divergence
 from distilllens.lens import LogitLens
+from distilllens.lens_rows import LensRows, choose_lens_rows, take_evenly
 from distilllens.student import Objective, Student
 from distilllens.tails import BucketTail
 from distilllens.targets import take_top_k, unstack_targets
@@ -31,8 +36,16 @@ def examples(seed: int = 0) -> list[CachedExample]:
     return made
 
 
-def batch_of(some: list[CachedExample]) -> Batch:
-    return collate(some, {layer: BucketTail() for layer in (2, 4, 6)})
+def batch_of(some: list[CachedExample], lens_rows: LensRows | None = None) -> Batch:
+    tails = {layer: BucketTail() for layer in (2, 4, 6)}
+    return collate(some, tails) if lens_rows is None else collate(some, tails, lens_rows=lens_rows)
+
+
+def rows_at_offset(some: list[CachedExample], offset: float, share: float) -> LensRows:
+    """The rows of all examples at one offset, for student layers 1 and 3."""
+    taken = [take_evenly(len(one.target_positions), share, offset=offset) for one in some]
+    rows = torch.from_numpy(np.flatnonzero(np.concatenate(taken)))
+    return LensRows(share, {1: rows, 3: rows})
 
 
 def build(tiny_model, *, chunk_rows: int = 4, objective: Objective = OBJECTIVE, architecture: str = "llama") -> Student:
@@ -125,4 +138,117 @@ def test_measuring_counts_agreement_and_calibration_over_the_same_rows(tiny_mode
     assert sums["agrees"].item() == (top == batch.targets[6].ids[:, 0]).sum().item()
     assert sums["correct"].sum().item() == (top == batch.next_ids).sum().item()
     assert sums["confidence"].sum().item() == pytest.approx(logits.softmax(-1).max(-1).values.sum().item(), rel=1e-4)
-    assert set(sums) == {"kl", "ce", "agrees", "confidence", "correct", "lens/1:2"}
+    assert set(sums) == {"kl", "ce", "agrees", "confidence", "correct", "lens/1:2", "lens_low/1:2", "lens_high/1:2"}
+
+
+@pytest.fixture(params=["fused", "plain"])
+def path(request, monkeypatch) -> str:
+    """Both ways of computing the losses."""
+    if request.param == "plain":
+        monkeypatch.setattr("distilllens.losses.is_fused", lambda *_: False)
+    return request.param
+
+
+def test_a_share_of_the_rows_gives_the_full_sums_and_gradient_in_expectation(tiny_model, path: str) -> None:
+    """A share of 1/4 has four choices of rows, each as likely as the others: their mean is the expectation."""
+    some = examples()
+    batches = [batch_of(some, rows_at_offset(some, offset, 0.25)) for offset in (0.1, 0.3, 0.6, 0.8)]
+    full, student = batch_of(some), build(tiny_model)
+    sums = [student(batch) for batch in batches]
+    for name, whole in student(full).items():
+        torch.testing.assert_close(sum(one[name] for one in sums) / 4, whole, atol=1e-4, rtol=1e-5)
+    parts = [gradient(build(tiny_model), [batch]) for batch in batches]
+    whole = gradient(build(tiny_model), [full])
+    assert not torch.allclose(parts[0], whole, atol=1e-3)
+    torch.testing.assert_close(sum(parts) / 4, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_the_lens_sums_of_many_steps_average_to_the_full_ones(tiny_model) -> None:
+    some, student, num_steps = examples(), build(tiny_model), 150
+    with torch.no_grad():
+        whole = student(batch_of(some))
+        steps = []
+        for step in range(num_steps):
+            rows = choose_lens_rows(some, OBJECTIVE.lens_layers, share=0.35, seed=0, step=step)
+            steps.append(student(batch_of(some, rows)))
+    for name in ("lens/1:2", "lens/3:4", "total"):
+        values = torch.stack([sums[name] for sums in steps]).double()
+        z = (values.mean() - whole[name]) / (values.std() / math.sqrt(num_steps))
+        assert abs(z.item()) < 3
+    for name in ("ce", "task"):
+        assert all(torch.equal(sums[name], whole[name]) for sums in steps)
+
+
+def test_only_the_rows_that_are_read_go_through_norm_and_head(tiny_model, monkeypatch) -> None:
+    some, student = examples(), build(tiny_model)
+    rows = LensRows(0.5, {1: torch.tensor([0, 4, 7]), 3: torch.tensor([2])})
+    normed, read = [], []
+    monkeypatch.setattr(student.lens, "normed", lambda states, _layer: normed.append(len(states)) or states)
+    sum_losses = student_module.sum_losses
+    monkeypatch.setattr(
+        student_module, "sum_losses", lambda *a, **k: read.extend(map(len, a[0])) or sum_losses(*a, **k)
+    )
+    student(batch_of(some, rows))
+    assert normed == [3, 1]
+    assert read == [11, 3, 1]
+
+
+@pytest.mark.parametrize("task", ["fkl", "tvd"])
+def test_a_layer_that_reads_no_row_of_a_batch_adds_nothing(tiny_model, path: str, task: str) -> None:
+    """A small batch may have none. With tvd the task alone has no fused form."""
+    objective = dataclasses.replace(OBJECTIVE, task=task)
+    student, none = build(tiny_model, objective=objective), torch.zeros(0, dtype=torch.long)
+    sums = student(batch_of(examples(), LensRows(0.1, {1: none, 3: none})))
+    assert sums["lens/1:2"] == sums["lens/3:4"] == 0
+    torch.testing.assert_close(sums["total"].detach(), 0.4 * sums["ce"] + 0.6 * sums["task"])
+    sums["total"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+def test_measuring_reads_every_row_whatever_the_lens_rows(tiny_model) -> None:
+    some, student = examples(), build(tiny_model)
+    rows = LensRows(0.1, {1: torch.tensor([3]), 3: torch.tensor([3])})
+    with torch.no_grad():
+        some_rows, all_rows = (
+            student(batch, measured_pairs=((1, 2),)) for batch in (batch_of(some, rows), batch_of(some))
+        )
+    assert all(torch.equal(some_rows[name], all_rows[name]) for name in all_rows)
+
+
+@pytest.mark.parametrize(("divergence", "beta"), [("jsd", 0.5), ("jsd:0.2", 0.2)])
+@pytest.mark.parametrize("k", [1, 8, V])
+def test_the_dense_jsd_of_every_token_lies_between_its_limits(
+    tiny_model, path: str, k: int, divergence: str, beta: float
+) -> None:
+    """One target position at a time: of a lens pair in training, and of a measured one (whose beta is 1/2)."""
+    objective = dataclasses.replace(OBJECTIVE, pairs=((1, 2),), lens_divergence=divergence)
+    student, generator = build(tiny_model, objective=objective), torch.Generator().manual_seed(1)
+    for temperature in (0.3, 1.0, 4.0):
+        for one in examples():
+            for position in one.target_positions:
+                teacher = torch.randn(1, V, generator=generator) * temperature
+                targets = dict.fromkeys((2, 4, 6), unstack_targets(take_top_k(teacher, k), [1])[0])
+                token = dataclasses.replace(one, target_positions=np.array([position]), targets=targets)
+                batch = batch_of([token])
+                with torch.no_grad():
+                    hidden = student.lens.hidden_states(batch.input_ids, batch.attention_mask, [1])[1]
+                    log_q = student.lens.logits(hidden[batch.is_target], 1).log_softmax(-1)
+                    trained, measured = student(batch), student(batch, measured_pairs=((1, 2),))
+                for sums, mixed in ((trained, beta), (measured, 0.5)):
+                    dense = jensen_shannon(teacher.log_softmax(-1), log_q, mixed).item()
+                    low, high = sums["lens_low/1:2"].item(), sums["lens_high/1:2"].item()
+                    assert low - 1e-5 <= dense <= high + 1e-5
+                    if k == V:
+                        assert (low, high) == (pytest.approx(dense, abs=1e-5), pytest.approx(dense, abs=1e-5))
+
+
+def test_limits_are_of_the_rows_that_are_read_and_of_jensen_and_shannon_alone(tiny_model) -> None:
+    some = examples()
+    student = build(tiny_model)
+    batches = [batch_of(some, rows_at_offset(some, offset, 0.25)) for offset in (0.1, 0.3, 0.6, 0.8)]
+    sums, whole = [student(batch) for batch in batches], student(batch_of(some))
+    for name in ("lens_low/1:2", "lens_high/3:4"):
+        assert whole[name] > 0
+        torch.testing.assert_close(sum(one[name] for one in sums) / 4, whole[name], atol=1e-4, rtol=1e-5)
+    other = build(tiny_model, objective=dataclasses.replace(OBJECTIVE, lens_divergence="fkl"))
+    assert set(other(batch_of(some))) == {"total", "ce", "task", "lens/1:2", "lens/3:4"}
