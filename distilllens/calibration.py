@@ -79,7 +79,7 @@ def make_sketch(
 ) -> tuple[Sketch, Projection]:
     """What turns a layer's hidden states into codes, and codes into the logits of its tail."""
     head = lens.plain_head()
-    if head is None:
+    if head is None or head.adapters:
         raise ValueError("a sketch needs a teacher whose head is one matrix; use --store-tail profile")
     weight, scale = head.weight.detach(), head.scale / temperature
     fitted = fit_sketch(moments, weight, spec.rank)

@@ -92,7 +92,8 @@ def head_metric(
     size = weight.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
     mean = torch.zeros(size, dtype=torch.float64, device=weight.device)
-    shares = None if mass is None else (mass / mass.sum()).to(weight.device)
+    # Without any tail there is nothing that could weigh the vocabulary.
+    shares = None if mass is None or not mass.any() else (mass / mass.sum()).to(weight.device)
     for start in range(0, len(weight), chunk):
         rows = weight[start : start + chunk].double()
         if shares is None:

@@ -14,7 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from jaxtyping import install_import_hook
 
-TENSOR_ROOMS = ("chunked", "collate", "divergence", "fused", "lens", "student", "tails", "targets", "teacher_pass")
+TENSOR_ROOMS = (
+    "chunked", "collate", "divergence", "fused", "fused_divergences", "fused_tiles", "lens", "losses", "sketch_fit",
+    "student", "tail_sampling", "tails", "targets", "teacher_pass",
+)  # fmt: skip
 install_import_hook([f"distilllens.{room}" for room in TENSOR_ROOMS], "beartype.beartype")
 
 # Started in the background, a shell's children ignore Ctrl-C, and so would the commands that tests interrupt.

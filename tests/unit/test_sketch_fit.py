@@ -67,6 +67,7 @@ def test_the_fisher_metric_is_the_covariance_of_the_heads_rows_under_the_mean_ta
     wanted = weight.T @ (torch.diag(shares) - torch.outer(shares, shares)) @ weight
     torch.testing.assert_close(head_metric(weight, mass, chunk=7), wanted)
     torch.testing.assert_close(head_metric(weight, None, chunk=7), weight.T @ weight)
+    torch.testing.assert_close(head_metric(weight, torch.zeros(V), chunk=7), weight.T @ weight)
 
 
 def test_moments_do_not_depend_on_how_rows_are_cut(states: Tensor) -> None:
