@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from distilllens.data import Example
+from distilllens.fused import Head
 from distilllens.lens import LogitLens
-from distilllens.sketch_fit import STEPS, Moments, fit_sketch
+from distilllens.sketch_fit import STEPS, FittedSketch, Moments, fit_sketch
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheWriter, Projection, Sketch, SketchSpec
 
@@ -78,11 +79,17 @@ def make_sketch(
     moments: Moments, lens: LogitLens, spec: SketchSpec, *, temperature: float = 1.0
 ) -> tuple[Sketch, Projection]:
     """What turns a layer's hidden states into codes, and codes into the logits of its tail."""
-    head = lens.plain_head()
-    if head is None or head.adapters:
+    head = lens.matrix_head()
+    if head is None:
         raise ValueError("a sketch needs a teacher whose head is one matrix; use --store-tail profile")
+    return round_sketch(fit_sketch(moments, head.weight.detach(), spec.rank), head, spec, temperature=temperature)
+
+
+def round_sketch(
+    fitted: FittedSketch, head: Head, spec: SketchSpec, *, temperature: float = 1.0
+) -> tuple[Sketch, Projection]:
+    """A fitted sketch in the steps of its codes, as the cache holds it."""
     weight, scale = head.weight.detach(), head.scale / temperature
-    fitted = fit_sketch(moments, weight, spec.rank)
     steps = STEPS[spec.bits] * fitted.deviations
     basis = (weight.double() @ (fitted.directions * steps)) * scale
     offset = weight.double() @ fitted.mean + (0.0 if head.bias is None else head.bias.detach().double())
@@ -111,7 +118,7 @@ def _pack(done: int, moments: dict[int, Moments]) -> bytes | None:
 
 
 def _unpack(data: bytes | None, teacher: TeacherPass, layers: Collection[int]) -> tuple[int, dict[int, Moments]]:
-    head = teacher.lens.plain_head()
+    head = teacher.lens.matrix_head()
     assert head is not None
     device = head.weight.device
     if data is None:

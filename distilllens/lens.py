@@ -105,6 +105,11 @@ class LogitLens(nn.Module):
         parts = plain_parts(self._modules_of_model[1])
         return None if parts is None else self._head_of(parts)
 
+    def matrix_head(self) -> Head | None:
+        """The plain head where no adapter belongs to it: one matrix."""
+        head = self.plain_head()
+        return None if head is None or head.adapters else head
+
     def with_plain_head(self, normed: Float[Tensor, "N D"], compute: Callable[[Tensor, Head], Tensor]) -> Tensor:
         """``compute(normed, plain head)``, run as the forward pass of the head's own modules.
 

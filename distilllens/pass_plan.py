@@ -127,8 +127,7 @@ def parse_widths(config: CacheTeacherConfig, layers: tuple[int, ...], vocab_size
 
 def stored_tails(text: str, layers: tuple[int, ...], lens: LogitLens) -> dict[int, TailSpec]:
     """What is stored of the tail of each layer. ValueError where the teacher's head allows no such sketch."""
-    head = lens.plain_head()
-    head = None if head is None or head.adapters else head
+    head = lens.matrix_head()
     hidden_size = 0 if head is None else head.weight.shape[1]
     if text == "auto":
         text = "profile" if head is None else f"lens=profile,final=profile+sketch:{min(DEFAULT_RANK, hidden_size)}"

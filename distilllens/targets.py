@@ -101,15 +101,21 @@ def split_top_k(logits: Float[Tensor, "N V"], width: int | Width) -> tuple[Spars
     log_probs = (kept - top) - normaliser.log()
     is_kept = torch.ones_like(ids, dtype=torch.bool)
     if not width.is_fixed:
-        probs = log_probs.exp()
-        is_kept = (probs >= width.min_prob) & (probs.cumsum(-1) - probs < width.top_p)
-        is_kept[:, : width.min_k] = True
+        is_kept = keeps(log_probs.exp(), width)
         # The first is always kept: padding slots point at it until its mass is taken out of the tail.
         ids = torch.where(is_kept, ids, ids[:, :1])
     tail = tail.scatter_(-1, ids, 0.0).div_(normaliser)
     log_rest = tail.sum(-1).log().clamp_min(LOG_FLOOR)
     targets = SparseTargets(ids.masked_fill(~is_kept, 0), log_probs.masked_fill(~is_kept, LOG_FLOOR), is_kept, log_rest)
     return targets, tail
+
+
+def keeps(probs: Float[Tensor, "N K"], width: Width) -> Bool[Tensor, "N K"]:
+    """Which of a row's likeliest tokens, by falling probability, ``width`` keeps."""
+    is_kept = (probs >= width.min_prob) & (probs.cumsum(-1) - probs < width.top_p)
+    is_kept[:, : width.min_k] = True
+    is_kept[:, width.max_k :] = False
+    return is_kept
 
 
 def stack_targets(targets: list[LayerTargets]) -> SparseTargets:

@@ -36,7 +36,13 @@ def run_train(config: TrainConfig) -> Path:
     device = choose_device(config.device)
     _check_output(config)
     checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    run = open_run(config, start_from=checkpoint)
+    run_opened(open_run(config, start_from=checkpoint), device, checkpoint)
+    return config.output_dir
+
+
+def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) -> None:
+    """Train what was opened, from the start or on from ``checkpoint``, and save the student."""
+    config = run.config
     hidden_size = run.model.config.get_text_config().hidden_size
     engine = start_engine(run.student, config, device, hidden_size=hidden_size)
     steps = Steps(
@@ -61,7 +67,6 @@ def run_train(config: TrainConfig) -> Path:
     save_model(run.model, run.tokenizer, config.output_dir, engine)
     engine.barrier()
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
-    return config.output_dir
 
 
 def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> None:

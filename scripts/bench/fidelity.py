@@ -15,17 +15,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fidelity_report
+import numpy as np
 import rivals
 import torch
 from representation import Gradients, Representation
-from stored_targets import Stored, store, with_codes, with_samples
+from stored_targets import Stored, store, with_samples
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from distilllens.calibration import round_sketch
 from distilllens.data import load_examples
 from distilllens.divergence import DIVERGENCES, sparse_divergence
 from distilllens.layer_maps import derive_pairs, parse_layers
@@ -33,10 +35,10 @@ from distilllens.lens import LogitLens, num_layers, rows_at
 from distilllens.models import load_model
 from distilllens.sketch_fit import FittedSketch, Moments, fit_sketch
 from distilllens.tails import BucketTail, Outcomes, ProfileTail, RenormTail, SampledTail, SketchTail, Tail
-from distilllens.targets import SparseTargets, join_rows, take_top_k
+from distilllens.targets import SparseTargets, join_rows, keeps, take_top_k
 from distilllens.vocabulary import effective_vocab_size
 from distilllens.widths import Width
-from distilllens_cache import LOG_FLOOR
+from distilllens_cache import LOG_FLOOR, SketchSpec, tail_profile
 
 LOSSES = ("fkl", "rkl", "jsd", "jeffreys", "skew_rkl")
 WIDTHS = (4, 8, 16, 32, 64, 128)
@@ -109,9 +111,9 @@ class Reader:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.vocab_size = effective_vocab_size(self.model, tokenizer)
         self.lens = LogitLens(self.model, lens_norm="final", vocab_size=self.vocab_size)
-        head = self.lens.plain_head()
+        head = self.lens.matrix_head()
         assert head is not None
-        self.weight = head.weight.detach()
+        self.head, self.weight = head, head.weight.detach()
         limit = arguments.calibration_rows + arguments.rows
         self.examples = load_examples(
             arguments.data, tokenizer, max_length=256, max_prompt_length=128, limit=limit
@@ -177,6 +179,7 @@ class TeacherLayer:
 
     def __init__(self, teacher: Reader, layer: int, arguments: argparse.Namespace) -> None:
         self.vocab_size, self.weight, self.codec = teacher.vocab_size, teacher.weight, arguments.codec
+        self.head = teacher.head
         first = teacher.first_measured
         self.calibration = teacher.states(layer, teacher.examples[:first])
         self.measured = teacher.states(layer, teacher.examples[first:])
@@ -210,16 +213,12 @@ class TeacherLayer:
         sums = self._mean_p.clone()
         for targets in self._top:
             probs = targets.log_probs.exp().double()
-            before = probs.cumsum(-1) - probs
-            is_kept = (probs >= width.min_prob) & (before < width.top_p) & (torch.arange(probs.shape[1]) < width.max_k)
-            is_kept[:, 0] = True
+            is_kept = keeps(probs, width)
             sums.index_add_(0, targets.ids[is_kept], -probs[is_kept])
         return sums.clamp_min(0.0)
 
-    def profile(self, width: Width, uniform: float = 1e-3) -> ProfileTail:
-        sums = self.tail_sums(width)
-        shares = (1 - uniform) * sums / sums.sum() + uniform / self.vocab_size
-        return ProfileTail(shares.log().float())
+    def profile(self, width: Width) -> ProfileTail:
+        return ProfileTail(torch.from_numpy(tail_profile(self.tail_sums(width).numpy())).log().float())
 
     def moments(self, width: Width) -> Moments:
         moments = Moments.empty(self.calibration.shape[1], self.vocab_size)
@@ -232,9 +231,7 @@ class TeacherLayer:
         """Of every measured row, unrounded: the widest targets, cut."""
         whole = self._whole
         probs = whole.log_probs.double().exp()
-        is_kept = (probs >= width.min_prob) & (probs.cumsum(-1) - probs < width.top_p)
-        is_kept &= torch.arange(probs.shape[1]) < width.max_k
-        is_kept[:, : width.min_k] = True
+        is_kept = keeps(probs, width)
         rest = whole.log_rest.double().exp() + (probs * ~is_kept).sum(-1)
         cut = SparseTargets(
             whole.ids.masked_fill(~is_kept, 0),
@@ -281,18 +278,21 @@ class TeacherLayer:
         width: Width,
         rank: int,
         *,
-        bits: int,
+        bits: Literal[4, 8],
         metric: str = "fisher",
         offset: str = "mean",
         draws: int = 0,
     ) -> Representation:
         fitted = self._fitted(metric).first(rank)
-        targets, basis = with_codes(self.targets(width), self.measured, fitted, self.weight, bits)
+        sketch, projection = round_sketch(fitted, self.head, SketchSpec(rank, bits))
+        codes = torch.from_numpy(projection.encode(self.measured.numpy()))
+        targets = replace(self.targets(width), codes=codes)
         name, spec = f"{label} sketch:{rank}", f"sketch:{rank}:{bits}"
         if draws:
             targets, name, spec = self._draw(targets, draws), f"{name}+sampled:{draws}", f"{spec}+sampled:{draws}"
         stored = store(targets, vocab_size=self.vocab_size, codec=self.codec, tail=spec)
-        shift = self.profile(width).log_profile if offset == "profile" else (self.weight.double() @ fitted.mean).float()
+        basis = torch.from_numpy(sketch.basis.astype(np.float32))
+        shift = self.profile(width).log_profile if offset == "profile" else torch.from_numpy(sketch.offset)
         extra = (f" int{bits}" if bits != 4 else "") + (f" {metric} metric" if metric != "fisher" else "")
         extra += " offset profile" if offset == "profile" else ""
         tail: Tail = SketchTail(basis, shift)

@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from distilllens.chunked import sum_over_chunks
 from distilllens.divergence import sparse_divergence
 from distilllens.fused import Group, Head, Loss, fused_losses
 from distilllens.tails import BucketTail, ProfileTail, SketchTail, Tail
-from distilllens.targets import SparseTargets, take_top_k
+from distilllens.targets import join_rows, take_top_k
 
 CHUNK = 128
 """Rows whose logits are alive at a time: the default of ``loss_chunk_rows``."""
@@ -43,9 +44,8 @@ class Problem:
         with torch.no_grad():
             self.teacher_states = self.states + 0.3 * torch.randn(rows, hidden)
             parts = [take_top_k(part @ self.weight.T, k) for part in self.teacher_states.split(CHUNK)]
-        fields = ("ids", "log_probs", "is_kept", "log_rest")
         codes = torch.randint(-40, 40, (rows, RANK), dtype=torch.int8)
-        self.targets = SparseTargets(*(torch.cat([getattr(part, field) for part in parts]) for field in fields), codes)
+        self.targets = replace(join_rows(parts), codes=codes)
         self.profile = ProfileTail(torch.randn(vocab).mul(2).log_softmax(-1))
         self.sketch = SketchTail(torch.randn(vocab, RANK) / 100, torch.randn(vocab))
 

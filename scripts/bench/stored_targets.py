@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilllens.sketch_fit import STEPS, FittedSketch
 from distilllens.tail_sampling import draw_tail
 from distilllens.targets import SparseTargets, join_rows, stack_targets, unstack_targets
 from distilllens_cache import CachedExample, Identity, PlannedExample, example_digest
@@ -70,16 +69,6 @@ def _identity(vocab_size: int, top_k: int, codec: str, tail: str) -> Identity:
         examples_per_shard=1,
         seed=0,
     )
-
-
-def with_codes(
-    targets: SparseTargets, states: Tensor, fitted: FittedSketch, weight: Tensor, bits: int
-) -> tuple[SparseTargets, Tensor]:
-    """The targets with the codes of their states (N, D), and the basis (V, R) that reads them, in float16."""
-    steps, limit = STEPS[bits] * fitted.deviations, 2 ** (bits - 1) - 1
-    codes = ((states.double() - fitted.mean) @ fitted.encoder / steps).round().clamp(-limit, limit)
-    basis = (weight.double() @ (fitted.directions * steps)).half().float()
-    return replace(targets, codes=codes.to(torch.int8)), basis
 
 
 def with_samples(targets: SparseTargets, logits: list[Tensor], draws: int) -> SparseTargets:

@@ -22,18 +22,18 @@ from transformers import AutoTokenizer
 
 from distilllens.batches import Steps
 from distilllens.cache_teacher import run_cache_teacher
-from distilllens.checkpoint import RunState, find_checkpoint, load_state, save_model
+from distilllens.checkpoint import find_checkpoint
 from distilllens.collate import Batch
 from distilllens.config import CacheTeacherConfig, TrainConfig
 from distilllens.data import load_examples
 from distilllens.divergence import forward_kl, jensen_shannon
-from distilllens.engine import choose_device, start_engine
+from distilllens.engine import choose_device
 from distilllens.lens import LogitLens, rows_at
 from distilllens.models import load_model
 from distilllens.student import Student
 from distilllens.tails import SketchTail
 from distilllens.targets import SparseTargets, join_rows, take_top_k
-from distilllens.train import train
+from distilllens.train import run_opened
 from distilllens.training_run import open_run
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -153,20 +153,16 @@ def run(arm: str, seed: int, cache: Path, arguments: argparse.Namespace) -> dict
     if arm == "dense":
         model = load_model(arguments.teacher).eval()
         teacher = LogitLens(model, lens_norm="final", vocab_size=opened.student.lens.vocab_size)
-        weight = model.get_output_embeddings().weight.detach()[: teacher.vocab_size]
-        opened = replace(opened, student=DenseStudent(opened.student, teacher, weight))  # type: ignore[arg-type]
-    engine = start_engine(opened.student, config, choose_device("cpu"), hidden_size=0)
-    steps = Steps(opened.source, seed=seed, examples_per_micro_batch=arguments.batch_size, micro_batches=1)
-    identity = opened.identity | {"arm": arm, "steps": arguments.steps}
-    state = RunState(max_steps=arguments.steps, identity=identity)
-    if checkpoint is not None:
-        state = load_state(checkpoint, identity)
-        engine.load_state(checkpoint)
-    folder.mkdir(exist_ok=True)
-    first, started = state.global_step, time.process_time()
-    train(opened, engine, steps, state)
+        head = teacher.matrix_head()
+        assert head is not None
+        dense = DenseStudent(opened.student, teacher, head.weight.detach())
+        opened = replace(opened, student=dense)  # type: ignore[arg-type]
+    opened = replace(opened, identity=opened.identity | {"arm": arm})
+    first = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    started = time.process_time()
+    run_opened(opened, choose_device("cpu"), checkpoint)
     seconds = (time.process_time() - started) / max(1, arguments.steps - first)
-    save_model(opened.model, opened.tokenizer, folder, engine)
+    steps = Steps(opened.source, seed=seed, examples_per_micro_batch=arguments.batch_size, micro_batches=1)
     indices = [index for step in range(arguments.steps) for index in steps.indices(step)]
     tokens = sum(int(opened.source.num_tokens[index]) for index in indices) / arguments.steps  # type: ignore[attr-defined]
     pairs = opened.student.objective.pairs

@@ -4,7 +4,7 @@ import hashlib
 import json
 import runpy
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ def _update(value: Any, name: str, data: bytes) -> None:
     if isinstance(value, list):
         for part in value:
             _update(part, name, data)
+
+
+def mutated(original: bytes, times: int) -> Iterator[bytes]:
+    """``original`` with one to three bytes drawn anew, ``times`` times over."""
+    rng = np.random.default_rng(0)
+    for _ in range(times):
+        data = bytearray(original)
+        for at in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[at] = rng.integers(0, 256)
+        yield bytes(data)
 
 
 def batch_of(folder: Path, name: str = SHARD) -> pa.RecordBatch:
@@ -268,13 +278,9 @@ def test_a_buffer_that_lies_about_its_size_is_refused(folder: Path, size: int) -
 def test_mutated_shards_with_correct_digests_give_typed_errors_or_right_shapes(folder: Path) -> None:
     """A few hundred of the mutations that the fault harness makes by the hundred thousand."""
     original = (folder / SHARD).read_bytes()
-    rng = np.random.default_rng(0)
     refused = 0
-    for _ in range(400):
-        data = bytearray(original)
-        for at in rng.integers(0, len(data), rng.integers(1, 4)):
-            data[at] = rng.integers(0, 256)
-        put(folder, SHARD, bytes(data))
+    for data in mutated(original, 400):
+        put(folder, SHARD, data)
         try:
             examples = CacheReader(folder).read_shard(0)
         except CacheError:

@@ -1,7 +1,6 @@
 """Tail rows: codes and samples of each target, in a file of their own beside the shard."""
 
 import dataclasses
-import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ import pytest
 
 from distilllens_cache import CODECS, CacheError, CacheReader, Identity, LayerTargets, TailSamples, verify_cache
 from distilllens_cache.arrow_file import to_arrow
-from distilllens_cache.files import record_of
-from distilllens_cache.sealed_json import seal
 from distilllens_cache.tail_rows import pack_codes, unpack_codes
 from distilllens_cache.tail_spec import SketchSpec
 
 MADE: Any = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make_cache_v1.py"))
 TinyCache = MADE["TinyCache"]
+SHARDS: Any = runpy.run_path(str(Path(__file__).with_name("test_cache_hostile.py")))
+mutated = SHARDS["mutated"]
 ROWS = "shards/00000.tail_rows.arrow"
 
 
@@ -273,13 +272,7 @@ def test_a_rest_just_at_the_limit_of_no_draws_is_read_as_it_was_written(tmp_path
 
 def put(folder: Path, data: bytes) -> None:
     """Replace the tail rows of the first shard, and tell manifest and sidecar their new size and digest."""
-    (folder / ROWS).write_bytes(data)
-    record = record_of(ROWS, data).model_dump()
-    for name in ("manifest.json", "shards/00000.json"):
-        content = json.loads((folder / name).read_bytes())
-        content.pop("sha256")
-        (content["shards"][0] if name == "manifest.json" else content["shard"])["tail_rows"] = record
-        (folder / name).write_bytes(seal(content))
+    SHARDS["put"](folder, ROWS, data)
 
 
 def batch_of(folder: Path) -> pa.RecordBatch:
@@ -417,13 +410,9 @@ def test_damaged_tail_rows_are_named_and_their_shard_is_written_again(folder: Pa
 
 def test_mutated_tail_rows_with_correct_digests_give_typed_errors_or_right_shapes(folder: Path) -> None:
     original = (folder / ROWS).read_bytes()
-    rng = np.random.default_rng(0)
     refused = 0
-    for _ in range(300):
-        data = bytearray(original)
-        for at in rng.integers(0, len(data), rng.integers(1, 4)):
-            data[at] = rng.integers(0, 256)
-        put(folder, bytes(data))
+    for data in mutated(original, 300):
+        put(folder, data)
         try:
             examples = CacheReader(folder).read_shard(0)
         except CacheError:
