@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from distilllens.batches import Steps
@@ -30,7 +30,7 @@ from distilllens.divergence import forward_kl, jensen_shannon
 from distilllens.engine import choose_device
 from distilllens.lens import LogitLens, rows_at
 from distilllens.models import load_model
-from distilllens.student import Student
+from distilllens.student import Pairs, Student
 from distilllens.tails import SketchTail
 from distilllens.targets import SparseTargets, join_rows, take_top_k
 from distilllens.train import run_opened
@@ -50,20 +50,14 @@ STORE_TAIL = "lens=profile+sampled:16,final=profile+sketch:64+sampled:16"
 CHUNK = 128
 
 
-class DenseStudent(nn.Module):
+class DenseStudent(Student):
     """A student whose batches get the teacher's whole distributions in place of their cached targets."""
 
     def __init__(self, student: Student, teacher: LogitLens, weight: Tensor) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student.model, student.lens, student.objective, chunk_rows=student.chunk_rows)
         self.teacher = (teacher, weight)  # in a tuple, so that its weights are not trained
 
-    @property
-    def objective(self) -> Any:
-        """What the loop asks a student for."""
-        return self.student.objective
-
-    def forward(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, measured_pairs: Pairs | None = None) -> dict[str, Tensor]:
         """The student's sums."""
         teacher, weight = self.teacher
         layers = tuple(batch.targets)
@@ -72,7 +66,7 @@ class DenseStudent(nn.Module):
             rows = {layer: teacher.normed(rows_at(hidden[layer], batch.is_target), layer) for layer in layers}
             targets = {layer: whole_targets(states, teacher) for layer, states in rows.items()}
         tail = SketchTail(weight, torch.zeros(len(weight)))
-        return self.student(replace(batch, targets=targets, tails=dict.fromkeys(layers, tail)), **options)
+        return super().forward(replace(batch, targets=targets, tails=dict.fromkeys(layers, tail)), measured_pairs)
 
 
 def whole_targets(states: Tensor, teacher: LogitLens) -> SparseTargets:
@@ -156,7 +150,7 @@ def run(arm: str, seed: int, cache: Path, arguments: argparse.Namespace) -> dict
         head = teacher.matrix_head()
         assert head is not None
         dense = DenseStudent(opened.student, teacher, head.weight.detach())
-        opened = replace(opened, student=dense)  # type: ignore[arg-type]
+        opened = replace(opened, student=dense)
     opened = replace(opened, identity=opened.identity | {"arm": arm})
     first = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     started = time.process_time()
