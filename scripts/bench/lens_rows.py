@@ -9,6 +9,7 @@ Gradients are those of all the student's weights. CPU time is that of a forward 
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -111,8 +112,12 @@ def flat_gradient(module: nn.Module) -> Tensor:
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """Of the angle between two vectors."""
-    return torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+    """Of the angle between two long vectors: float32 is too coarse for their sums."""
+
+    def dot(a: Tensor, b: Tensor) -> float:
+        return (a * b).sum(dtype=torch.float64).item()
+
+    return dot(one, other) / math.sqrt(dot(one, one) * dot(other, other))
 
 
 def print_table(found: dict[str, Any]) -> None:

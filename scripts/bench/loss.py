@@ -9,17 +9,16 @@ to the floor of the same round (median and range over rounds); memory is the gro
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from cost import measured
+from products import three_products
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,15 +54,8 @@ class Problem:
     # the ways
 
     def floor(self) -> None:
-        """Three products, chunk by chunk, accumulating as everybody must."""
-        states, weight = self.states.detach(), self.weight.detach()
-        of_weight, of_states = torch.zeros_like(weight), torch.empty_like(states)
-        chunk = torch.empty(CHUNK, len(weight))
-        for start in range(0, len(states), CHUNK):
-            rows = states[start : start + CHUNK]
-            logits = torch.mm(rows, weight.T, out=chunk[: len(rows)])
-            torch.mm(logits, weight, out=of_states[start : start + CHUNK])
-            of_weight.addmm_(logits.T, rows)
+        """Three products."""
+        three_products(self.states.detach(), self.weight.detach(), chunk_rows=CHUNK)
 
     def fused(self, tail: Tail) -> None:
         """Ours."""
@@ -165,22 +157,6 @@ def main() -> None:
             if number:  # the first round warms
                 seconds[name].append(elapsed)
     print_table(seconds, peaks, arguments)
-
-
-def measured(way: Callable[[], None]) -> tuple[float, float]:
-    """CPU seconds of one call, and MiB that the resident set grew by during it."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, started = memory("VmRSS"), time.process_time()
-    way()
-    return time.process_time() - started, memory("VmHWM") - before
-
-
-def memory(field: str) -> float:
-    """A line of /proc/self/status in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def print_table(seconds: dict[str, list[float]], peaks: dict[str, float], arguments: argparse.Namespace) -> None:

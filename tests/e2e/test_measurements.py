@@ -80,6 +80,21 @@ def test_a_share_of_the_lens_rows_points_the_way_of_all_of_them(
     assert shares["0.2"]["loss"] > 0.5
 
 
+def test_train_step_weighs_ours_against_fine_tuning_and_the_teacher_in_memory(
+    run_script, tmp_path: Path, tiny_model_folder, rows: Path
+) -> None:
+    teacher, cache = tiny_model_folder(num_layers=4), tmp_path / "cache"
+    write_cache(teacher, rows, cache)
+    run_script(
+        "bench/train_step.py",
+        *("--teacher", teacher, "--student", tiny_model_folder(num_layers=2, seed=1), "--cache", cache),
+        *("--steps", 1, "--rounds", 1, "--threads", 1, "--json", tmp_path / "found.json"),
+    )
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(one["time"] > 0 for one in found["ways"].values())
+    assert found["ways"][found["floor"]]["time"] == 1.0
+
+
 def test_storage_prints_ours_beside_the_others(run_script, tmp_path: Path, tiny_model_folder, rows: Path) -> None:
     cache = tmp_path / "cache"
     write_cache(tiny_model_folder(num_layers=4), rows, cache, codec="arrow-fp32", min_prob="0")
