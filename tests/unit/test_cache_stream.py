@@ -213,6 +213,14 @@ def test_shards_of_the_next_window_are_decoded_before_they_are_asked_for(reader:
         assert counted.read == expected
 
 
+def test_nothing_is_read_ahead_beyond_the_end(reader: CacheReader) -> None:
+    counted = Counted(reader)
+    with ReadAhead(counted, Order(reader.shard_of, seed=0), stop=SIZE, shards_ahead=8) as ahead:
+        for place in range(SIZE):
+            _ = ahead[place]
+    assert sorted(counted.read) == sorted(set(counted.read))
+
+
 def test_places_may_be_asked_for_in_any_order(reader: CacheReader) -> None:
     order = Order(reader.shard_of, seed=5)
     run = order.indices(0, 4 * SIZE)
