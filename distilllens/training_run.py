@@ -24,7 +24,7 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "eval_cache", "max_steps", "num_train_epochs",
+    "student", "cache", "eval_cache", "spool_dir", "spool_bytes", "max_steps", "num_train_epochs",
 }  # fmt: skip
 """Settings that a resumed run may change; the cache is compared by its digest, the length by its steps."""
 
@@ -111,7 +111,7 @@ Opened = tuple[ExampleSource, LogitLens, Objective, dict[int, Tail], dict[str, A
 
 def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opened:
     assert config.cache is not None
-    reader = CacheReader(config.cache)
+    reader = CacheReader(config.cache_folder(config.cache))
     losses = {} if config.task == "ce" else {"task": config.task}
     matching = _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
     objective = _objective(config, matching.pairs)
@@ -147,7 +147,7 @@ def _open_evaluation(
 ) -> Evaluation | None:
     if config.eval_cache is None:
         return None
-    reader = CacheReader(config.eval_cache)
+    reader = CacheReader(config.cache_folder(config.eval_cache))
     # What is reported is forward KL and JSD, whatever the loss.
     return Evaluation(reader, _match(config, model, tokenizer, reader))
 

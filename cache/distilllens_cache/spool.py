@@ -17,6 +17,11 @@ DEFAULT_BYTES = 64 << 30
 """Bytes that a spool holds unless told otherwise."""
 
 
+def choose_spool(folder: Path | None, max_bytes: int | None) -> "Spool":
+    """The spool that a user's options name; None leaves the default."""
+    return Spool(folder or default_folder(), max_bytes or DEFAULT_BYTES)
+
+
 def default_folder() -> Path:
     """The spool in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distilllens" / "spool"
