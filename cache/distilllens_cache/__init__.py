@@ -1,14 +1,19 @@
 """Read, write and verify caches of a teacher's sparse lens targets. Needs neither torch nor transformers."""
 
+from distilllens_cache.cache_folder import CacheFolder, open_folder
 from distilllens_cache.canary import CanaryResult, canary
 from distilllens_cache.codec import CODECS, Codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.identity import READER_FIELDS, Identity, TokenizerIdentity, compare_identity
 from distilllens_cache.layout import FORMAT_VERSION
 from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
+from distilllens_cache.order import WINDOW_SHARDS, Order
 from distilllens_cache.plan import plan_shards
+from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
 from distilllens_cache.sketch import Projection, Sketch
+from distilllens_cache.spool import Spool
+from distilllens_cache.stream import CacheStream
 from distilllens_cache.tail_spec import SketchSpec, TailSpec, parse_tail_spec
 from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
 from distilllens_cache.targets import (
@@ -28,8 +33,11 @@ __all__ = [
     "FORMAT_VERSION",
     "LOG_FLOOR",
     "READER_FIELDS",
+    "WINDOW_SHARDS",
     "CacheError",
+    "CacheFolder",
     "CacheReader",
+    "CacheStream",
     "CacheWriter",
     "CachedExample",
     "CanaryResult",
@@ -39,13 +47,16 @@ __all__ = [
     "LayerStats",
     "LayerTargets",
     "Manifest",
+    "Order",
     "PlannedExample",
     "Problem",
     "Projection",
+    "ReadAhead",
     "ShardRecord",
     "Sketch",
     "SketchRecord",
     "SketchSpec",
+    "Spool",
     "TailSamples",
     "TailSpec",
     "TokenizerIdentity",
@@ -53,6 +64,7 @@ __all__ = [
     "canary",
     "compare_identity",
     "example_digest",
+    "open_folder",
     "parse_tail_spec",
     "plan_shards",
     "tail_profile",
