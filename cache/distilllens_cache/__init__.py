@@ -5,9 +5,11 @@ from distilllens_cache.codec import CODECS, Codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.identity import READER_FIELDS, Identity, TokenizerIdentity, compare_identity
 from distilllens_cache.layout import FORMAT_VERSION
+from distilllens_cache.lock import ALONE, Seat, require_free
 from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
-from distilllens_cache.plan import plan_shards
+from distilllens_cache.plan import plan_shards, share_shards
 from distilllens_cache.reader import CacheReader
+from distilllens_cache.resume import cut_of
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.tail_spec import SketchSpec, TailSpec, parse_tail_spec
 from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
@@ -23,6 +25,7 @@ from distilllens_cache.verify import Problem, VerifyReport, verify_cache
 from distilllens_cache.writer import CacheWriter
 
 __all__ = [
+    "ALONE",
     "CODECS",
     "FIXED_POINT",
     "FORMAT_VERSION",
@@ -42,6 +45,7 @@ __all__ = [
     "PlannedExample",
     "Problem",
     "Projection",
+    "Seat",
     "ShardRecord",
     "Sketch",
     "SketchRecord",
@@ -52,9 +56,12 @@ __all__ = [
     "VerifyReport",
     "canary",
     "compare_identity",
+    "cut_of",
     "example_digest",
     "parse_tail_spec",
     "plan_shards",
+    "require_free",
+    "share_shards",
     "tail_profile",
     "verify_cache",
 ]
