@@ -287,6 +287,22 @@ def test_a_writer_whose_lock_was_taken_away_stops(tmp_path, cache) -> None:
             attempt()
 
 
+def test_a_lock_on_a_file_that_is_gone_meanwhile_is_none(tmp_path, cache, monkeypatch) -> None:
+    """The last writer deletes the file of the door between another's opening and locking it."""
+    opened: list[int] = []
+
+    def too_late(handle: int, original: Any = atomic.try_lock) -> bool:
+        opened.append(handle)
+        if len(opened) == 1:
+            (tmp_path / "cache" / "writers.lock").unlink()
+        return original(handle)
+
+    monkeypatch.setattr(atomic, "try_lock", too_late)
+    writer = cache.writer(tmp_path / "cache")
+    assert locks_in(tmp_path / "cache") == ["writer.0.lock", "writers.lock"]
+    writer.close()
+
+
 def test_a_file_system_without_locks_is_a_sentence(tmp_path, cache, monkeypatch) -> None:
     def refuse(handle: int) -> bool:
         raise OSError(38, "Function not implemented")
