@@ -1,5 +1,6 @@
 """Run the teacher once over a dataset: rows -> teacher -> lens -> sparse targets -> shards -> manifest."""
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -15,51 +16,73 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
-from distilllens.engine import is_distributed
 from distilllens.pass_estimate import estimate, folder_size
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
+from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
 from distilllens.teacher_pass import TeacherPass
-from distilllens_cache import CacheWriter, TailSpec
+from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
 
 
 def run_cache_teacher(config: CacheTeacherConfig) -> Path:
     """Write, or finish, the cache that ``config`` describes; its folder."""
-    if is_distributed():
-        raise ValueError("cache-teacher runs as one process: start it without torchrun, or with --nproc-per-node 1")
+    ranks = ranks_of_environment()
+    if not config.dry_run:
+        require_free(config.output_dir, ranks.seat)  # before a large teacher is loaded in vain
     with tempfile.TemporaryDirectory() as scratch:
         plan = open_plan(config, Path(scratch) / "tokenizer")
         say(plan.examples.report())
         if config.dry_run:
-            print(estimate(plan))
+            if ranks.is_main:
+                print(estimate(plan))
             return config.output_dir
-        return write_cache(plan)
+        return write_cache(plan, ranks)
 
 
-def write_cache(plan: Plan) -> Path:
-    """Write the shards that are still missing, then the manifest."""
+def write_cache(plan: Plan, ranks: Ranks) -> Path:
+    """Write the shards that are still missing, among all ranks, then the manifest."""
     config, folder = plan.config, plan.config.output_dir
     _require_space(plan)
-    writer = CacheWriter(
+    with CacheWriter(
         folder,
         identity=plan.identity,
         examples=planned(plan.examples.examples),
         tokenizer_files=plan.tokenizer_files,
         shards=plan.shards,
         overwrite=config.overwrite,
-    )
-    if writer.finished:
-        print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
-        return folder
-    _require_determinism(plan)
-    teacher = _calibrated(plan, writer)
+        append=config.append is not None,
+        seat=ranks.seat,
+    ) as writer:
+        if writer.finished:
+            if ranks.is_main:
+                print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
+            return folder
+        _require_determinism(plan)
+        started = time.monotonic()
+        num_tokens = _write_shards(plan, writer, ranks)
+        seconds = max(time.monotonic() - started, 1e-9)
+    if ranks.is_main:
+        save_config(config, folder / "config.resolved.yaml")
+        print(
+            f"{folder}: {len(plan.examples.examples)} examples, {plan.examples.num_targets} target positions, "
+            f"{len(plan.identity.layers)} layers, {decimal(folder_size(folder))}; {num_tokens / seconds:.0f} tokens/s"
+        )
+    return folder
+
+
+def _write_shards(plan: Plan, writer: CacheWriter, ranks: Ranks) -> int:
+    """Write this rank's share of the missing shards and see the cache finished; tokens of all missing shards."""
+    config, rows = plan.config, plan.examples.examples
+    teacher = _calibrated(plan, writer, ranks)
     missing = writer.unfinished()
     if len(missing) < len(plan.shards):
         say(f"Continuing: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are finished")
-    rows = plan.examples.examples
-    num_tokens = sum(rows[index].num_tokens for number in missing for index in plan.shards[number])
-    started = time.monotonic()
-    with _progress("teacher pass", num_tokens, writer) as advance:
-        for number in missing:
+    num_tokens = {number: sum(rows[index].num_tokens for index in plan.shards[number]) for number in missing}
+    # Nobody writes a shard before all have seen which are missing, and so agree on who writes which.
+    ranks.gather(writer, f"missing {hashlib.sha256(repr(missing).encode()).hexdigest()}")
+    shares = share_shards(num_tokens, ranks.world_size)
+    own = shares[ranks.rank]
+    with _progress("teacher pass", sum(num_tokens[number] for number in own), writer, ranks) as advance:
+        for number in own:
             where = plan.shards[number]
             cached, tails = teacher.run(
                 rows[where.start : where.stop],
@@ -68,26 +91,28 @@ def write_cache(plan: Plan) -> Path:
                 progress=advance,
             )
             writer.write_shard(number, cached, tails or None)
+    writer_of = {number: rank for rank, share in enumerate(shares) for number in share}
+    ranks.wait(writer, "to write their shards", lambda: {writer_of[number] for number in writer.unfinished()})
     writer.finish()
-    save_config(config, folder / "config.resolved.yaml")
-    seconds = max(time.monotonic() - started, 1e-9)
-    targets = sum(example.num_targets for example in rows)
-    print(
-        f"{folder}: {len(rows)} examples, {targets} target positions, {len(plan.identity.layers)} layers, "
-        f"{decimal(folder_size(folder))}; {num_tokens / seconds:.0f} tokens/s"
-    )
-    return folder
+    return sum(num_tokens.values())
 
 
-def _calibrated(plan: Plan, writer: CacheWriter) -> TeacherPass:
+def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
     """The teacher with what encodes the sketches of its cache, which are fitted first where they are missing."""
+    if not ranks.is_main:
+        ranks.wait(
+            writer,
+            "to calibrate the sketches",
+            lambda: [0] if writer.missing_sketches() else [],
+            seconds_to_come=SECONDS_TO_COME,
+        )
     missing = writer.missing_sketches()
     rows, config = plan.examples.examples, plan.config
     order = calibration_order(rows, num_targets=config.calibration_targets, seed=config.seed) if missing else []
     examples = [rows[place] for place in order]
     if missing:
         say(f"Calibrating the sketches of layers {', '.join(map(str, missing))} on {len(examples)} examples")
-    with _progress("calibration", sum(example.num_tokens for example in examples), writer) as advance:
+    with _progress("calibration", sum(example.num_tokens for example in examples), writer, ranks) as advance:
         return write_sketches(plan.teacher, writer, examples, batch_tokens=config.batch_tokens, progress=advance)
 
 
@@ -125,7 +150,7 @@ def _require_determinism(plan: Plan) -> None:
 
 
 @contextmanager
-def _progress(what: str, num_tokens: int, writer: CacheWriter) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, num_tokens: int, writer: CacheWriter, ranks: Ranks) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     started, done = time.monotonic(), 0
     with Progress(
@@ -136,7 +161,7 @@ def _progress(what: str, num_tokens: int, writer: CacheWriter) -> Iterator[Calla
         ),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and ranks.is_main),
     ) as bar:
         task = bar.add_task("", total=num_tokens, rate=0.0, written=decimal(0))
 

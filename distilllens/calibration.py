@@ -67,7 +67,7 @@ def _collect(
     for number, chunk in enumerate(chunks):
         if number >= done:
             for layer, normed, _, tail in teacher.read(chunk, tuple(layers), batch_tokens=batch_tokens):
-                moments[layer].add(normed, tail)
+                moments[layer].add(normed.to(teacher.lens.device), tail.to(teacher.lens.device))
             if time.monotonic() - saved >= SECONDS_BETWEEN_STATES and (state := _pack(number + 1, moments)):
                 writer.write_calibration(state)
                 saved = time.monotonic()
@@ -79,7 +79,7 @@ def make_sketch(
     moments: Moments, lens: LogitLens, spec: SketchSpec, *, temperature: float = 1.0
 ) -> tuple[Sketch, Projection]:
     """What turns a layer's hidden states into codes, and codes into the logits of its tail."""
-    head = lens.matrix_head()
+    head = lens.loaded_head()
     if head is None:
         raise ValueError("a sketch needs a teacher whose head is one matrix; use --store-tail profile")
     return round_sketch(fit_sketch(moments, head.weight.detach(), spec.rank), head, spec, temperature=temperature)
@@ -120,7 +120,7 @@ def _pack(done: int, moments: dict[int, Moments]) -> bytes | None:
 def _unpack(data: bytes | None, teacher: TeacherPass, layers: Collection[int]) -> tuple[int, dict[int, Moments]]:
     head = teacher.lens.matrix_head()
     assert head is not None
-    device = head.weight.device
+    device = teacher.lens.device
     if data is None:
         size = head.weight.shape[1]
         return 0, {layer: Moments.empty(size, teacher.lens.vocab_size, device) for layer in layers}

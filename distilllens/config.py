@@ -1,5 +1,6 @@
 """The runs as frozen models: one YAML file or one command line gives one of these, and nothing else is read."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -7,6 +8,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from distilllens.by_layer import parse_tail_choices
+from distilllens.device_map import parse_device_map
 from distilllens.divergence_spec import parse_divergence
 from distilllens.locations import LocalOutput, Location, SpoolConfig
 
@@ -39,6 +41,15 @@ def _tail(text: str | None) -> str | None:
     return text
 
 
+def _device_map(value: Any) -> Any:
+    """A mapping in YAML is the JSON text of a command line."""
+    text = json.dumps(value) if isinstance(value, dict) else value
+    if isinstance(text, str):
+        parse_device_map(text)
+    return text
+
+
+DeviceMap = Annotated[str | None, BeforeValidator(_device_map)]
 Tail = Annotated[Spec | None, AfterValidator(_tail)]
 
 
@@ -48,6 +59,10 @@ def _divergence(text: str) -> str:
 
 def _task(text: str) -> str:
     return text if text == "ce" else _divergence(text)
+
+
+APPEND_DATASET = "dataset"
+"""What ``--append`` means where it names no file: the dataset itself has grown."""
 
 
 class RunConfig(BaseModel):
@@ -114,6 +129,9 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Folder or hub id of the tokenizer, when it is not the teacher's own."""
     dataset: str
     """JSONL, Parquet or Arrow file, a save_to_disk folder, or a hub id."""
+    device_map: DeviceMap = None
+    """Spread a teacher that is larger than one device, as in transformers: auto, balanced, balanced_low_0, sequential,
+    or parts of the model with their devices, as JSON. In place of --device."""
     layers: Spec = "anchors:5"
     """Lens layers, counted from 1: anchors:N, stride:N, a preset's name, or a list such as 4,8,12. The final
     layer is always included."""
@@ -147,8 +165,25 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
     """Remove the cache that is in the output folder and begin anew."""
+    append: str | None = None
+    """Add rows to the finished cache in the output folder: those of FILE (of several: FILE,FILE), after the rows of
+    --dataset that it was made from; without FILE, those that --dataset has gained at its end."""
     dry_run: bool = False
     """Say how many rows, target positions, bytes and hours it would take, and stop."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "CacheTeacherConfig":
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"--device {self.device} and --device-map {self.device_map}: give one of them")
+        if self.append is not None and self.overwrite:
+            raise ValueError("--append adds to the cache that --overwrite deletes: give one of them")
+        return self
+
+    @property
+    def appended(self) -> tuple[str, ...]:
+        """Datasets whose rows follow those of ``dataset``."""
+        files = (self.append or "").split(",")
+        return tuple(file for file in files if file and file != APPEND_DATASET)
 
 
 class NewStudentConfig(RunConfig):

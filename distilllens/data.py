@@ -3,8 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import PurePath
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -219,6 +220,31 @@ def load_configured(config: DatasetConfig, dataset: str, tokenizer: PreTrainedTo
         limit=config.limit,
         split=config.split,
         revision=config.dataset_revision,
+    )
+
+
+def with_rows_after(first: Examples, more: Examples) -> Examples:
+    """The examples of two datasets, one after the other, as those of the first.
+
+    Where an id of the second occurs in the first, all of the second get the dataset's name in front.
+    """
+    taken = {example.id for example in first.examples}
+    after = more.examples
+    if any(example.id in taken for example in after):
+        name = PurePath(more.dataset).name
+        after = [replace(example, id=f"{name}:{example.id}") for example in after]
+    digest = hashlib.sha256()
+    for example in (*first.examples, *after):
+        digest.update(bytes.fromhex(example.digest))
+    return replace(
+        first,
+        num_rows=first.num_rows + more.num_rows,
+        refused=first.refused + more.refused,
+        first_refused=more.first_refused | first.first_refused,
+        examples=[*first.examples, *after],
+        num_truncated=first.num_truncated + more.num_truncated,
+        num_endless=first.num_endless + more.num_endless,
+        digest=digest.hexdigest(),
     )
 
 

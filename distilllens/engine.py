@@ -200,7 +200,7 @@ def choose_device(name: str) -> torch.device:
     """The device of this rank: the one asked for, and under a launcher the CUDA device of the local rank."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = pick_device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}")
         torch.cuda.set_device(device)
     return device
 

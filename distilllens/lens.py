@@ -5,6 +5,7 @@ Dimension key: B batch, T tokens, N rows, D hidden size, V effective vocabulary.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -110,6 +111,26 @@ class LogitLens(nn.Module):
         head = self.plain_head()
         return None if head is None or head.adapters else head
 
+    def loaded_head(self) -> Head | None:
+        """``matrix_head`` with its weights at hand, also where accelerate offloads them between two calls."""
+        head = self.matrix_head()
+        if head is None or not head.weight.is_meta:
+            return head
+        found: list[Head] = []
+
+        def keep(states: Tensor, inner: Head) -> Tensor:
+            bias = None if inner.whole_bias is None else inner.whole_bias.detach().clone()
+            found.append(replace(inner, matrix=inner.matrix.detach().clone(), whole_bias=bias))
+            return states
+
+        self.with_plain_head(torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype), keep)
+        return found[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head computes."""
+        return execution_device(self._modules_of_model[1])
+
     def with_plain_head(self, normed: Float[Tensor, "N D"], compute: Callable[[Tensor, Head], Tensor]) -> Tensor:
         """``compute(normed, plain head)``, run as the forward pass of the head's own modules.
 
@@ -150,7 +171,7 @@ def check_lens(model: PreTrainedModel, lens: LogitLens) -> None:
 
     This finds an architecture whose last step the lens doesn't know: a logit scale, a second norm, another head.
     """
-    ids = torch.arange(min(8, lens.vocab_size), device=model.device)[None]
+    ids = torch.arange(min(8, lens.vocab_size), device=execution_device(model.get_input_embeddings()))[None]
     seen: list[Tensor] = []
     norm = final_norm_of(decoder_of(model))
     handle = norm.register_forward_hook(lambda *call: seen.append(cast(Tensor, call[-1])))
@@ -159,11 +180,11 @@ def check_lens(model: PreTrainedModel, lens: LogitLens) -> None:
     finally:
         handle.remove()
     hidden = lens.hidden_states(ids, None, [lens.num_layers])[lens.num_layers][0]
-    if not seen or not torch.equal(seen[-1][0], hidden):
+    if not seen or not torch.equal(seen[-1][0].to(hidden.device), hidden):
         raise ValueError(
             f"{type(model).__name__}: the norm found is not the one before the head; report the architecture"
         )
-    gap = (lens.logits(hidden, lens.num_layers).float() - own).abs().max().item()
+    gap = (lens.logits(hidden, lens.num_layers).float().cpu() - own.cpu()).abs().max().item()
     if gap > (1e-3 if hidden.dtype == torch.float32 else 0.25):
         raise ValueError(
             f"{type(model).__name__}: the logit lens at the last layer differs from the model's own logits by "
@@ -189,6 +210,13 @@ def final_norm_of(decoder: nn.Module) -> nn.Module:
         f"{type(decoder).__name__} has no final norm under a known name ({known}): use --lens-norm none, or "
         f"report the architecture"
     )
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where ``module`` computes; its weights may lie elsewhere between two calls, where accelerate offloads them."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return next(module.parameters()).device if place is None else torch.device(place)
 
 
 def num_layers(model: PreTrainedModel) -> int:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from distilllens.device_map import parse_device_map
 from distilllens.gguf_file import load_gguf_model, load_gguf_tokenizer
 from distilllens.model_source import local_path, short_cause, source_kind
 from distilllens.quiet import quiet_libraries
@@ -68,7 +69,8 @@ def load_model(
     """The causal language model at ``source`` in evaluation mode: whole, unpacked, adapters merged.
 
     ``dtype`` is one of DTYPES or auto (the one it was saved in; float32 for GGUF), ``device`` cpu, cuda,
-    cuda:N or auto. ``device_map`` ("auto") spreads a folder or hub model over devices in place of ``device``.
+    cuda:N or auto. ``device_map`` (see `parse_device_map`) spreads a folder or hub model over devices in place of
+    ``device``.
 
     Raises ValueError: no model there, weights missing or damaged, the hub out of reach, no such device.
     """
@@ -137,7 +139,7 @@ def _load_folder(
                 str(path),
                 dtype=DTYPES.get(dtype, "auto"),
                 attn_implementation=attn_implementation,
-                device_map=device_map,
+                device_map=None if device_map is None else parse_device_map(device_map),
                 output_loading_info=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -9,7 +9,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from distilllens.config import AnyConfig, RunConfig, load_config
+from distilllens.config import APPEND_DATASET, AnyConfig, RunConfig, load_config
+
+BARE = {"resume_from_checkpoint": ("latest", "[FOLDER]"), "append": (APPEND_DATASET, "[FILE]")}
+"""Flags that need no value: what they mean without one, and how help shows them."""
 
 
 def run_options(
@@ -45,10 +48,9 @@ def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., A
     if not field.is_required() and field.default not in (None, False, ()):
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text = f"{help_text} [{default}]"
-    if name == "resume_from_checkpoint":
-        return click.option(
-            flag, name, is_flag=False, flag_value="latest", default=None, metavar="[FOLDER]", help=help_text
-        )
+    if name in BARE:
+        value, metavar = BARE[name]
+        return click.option(flag, name, is_flag=False, flag_value=value, default=None, metavar=metavar, help=help_text)
     if name == "local_rank":
         return click.option(flag, _alias(flag), name, type=int, default=None, hidden=True)
     if kind is bool:

@@ -9,10 +9,12 @@ import transformers
 
 from distilllens.by_layer import parse_by_layer
 from distilllens.config import CacheTeacherConfig
-from distilllens.data import Example, Examples, load_configured
+from distilllens.data import Example, Examples, load_configured, with_rows_after
+from distilllens.device_map import require_device_map
+from distilllens.engine import choose_device
 from distilllens.layer_maps import parse_layers
 from distilllens.lens import LogitLens, check_lens, num_layers
-from distilllens.models import config_digest, load_model, load_tokenizer, pick_device
+from distilllens.models import config_digest, load_model, load_tokenizer
 from distilllens.teacher_pass import TeacherPass
 from distilllens.template import resolve_template
 from distilllens.vocabulary import (
@@ -23,7 +25,7 @@ from distilllens.vocabulary import (
 )
 from distilllens.weights_digest import weights_digest
 from distilllens.widths import Width
-from distilllens_cache import FORMAT_VERSION, Identity, PlannedExample, TailSpec, parse_tail_spec, plan_shards
+from distilllens_cache import FORMAT_VERSION, Identity, PlannedExample, TailSpec, cut_of, parse_tail_spec, plan_shards
 
 DEFAULT_RANK = 64
 """Directions of the final layer's sketch, where nothing else is asked for."""
@@ -47,18 +49,26 @@ class Plan:
 
 def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     """Open teacher and rows, check that they fit, and settle the cache's identity."""
-    device = pick_device(config.device)
+    if config.device_map is None:
+        device = choose_device(config.device)
+    else:
+        device = torch.device("cpu")  # not used: the map says where each part goes
+        require_device_map(config.device_map)
     source = config.tokenizer or config.teacher
     tokenizer = load_tokenizer(source, revision=None if config.tokenizer else config.revision)
     template = resolve_template(config.template, tokenizer)
     # Rows before weights: a mistake in the dataset should not cost the loading of a large teacher.
     examples = load_configured(config, config.dataset, tokenizer)
+    for dataset in config.appended:
+        more = load_configured(config.model_copy(update={"limit": None}), dataset, tokenizer)
+        examples = with_rows_after(examples, more)
     model = load_model(
         config.teacher,
         revision=config.revision,
         dtype=config.dtype,
         device=str(device),
         attn_implementation=config.attn_implementation,
+        device_map=config.device_map,
     )
     require_matching_tokenizer(model, tokenizer, source)
     vocab_size = effective_vocab_size(model, tokenizer)
@@ -80,7 +90,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         attn_implementation=config.attn_implementation,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
-        device=device.type,
+        device=lens.device.type,
         tokenizer_digest=tokenizer_digest(tokenizer),
         template_digest=template.digest,
         vocab_size=vocab_size,
@@ -100,12 +110,21 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         seed=config.seed,
     )
     teacher = TeacherPass(model, lens, widths, store_tail, temperature=config.temperature, seed=config.seed)
-    shards = plan_shards(
-        planned(examples.examples),
+    return Plan(config, teacher, examples, identity, cut_into_shards(config, examples, identity), tokenizer_files)
+
+
+def cut_into_shards(config: CacheTeacherConfig, examples: Examples, identity: Identity) -> list[range]:
+    """Which examples share a shard: as the plan in the output folder says, as far as it reaches, else by size."""
+    done = [] if config.overwrite else cut_of(config.output_dir)
+    first = done[-1].stop if done else 0
+    if first != len(examples.examples) and (config.append is None or first > len(examples.examples)):
+        done, first = [], 0
+    more = plan_shards(
+        planned(examples.examples[first:]),
         examples_per_shard=config.examples_per_shard,
         bytes_per_target=bytes_per_target(identity),
     )
-    return Plan(config, teacher, examples, identity, shards, tokenizer_files)
+    return [*done, *(range(first + part.start, first + part.stop) for part in more)]
 
 
 def parse_widths(config: CacheTeacherConfig, layers: tuple[int, ...], vocab_size: int) -> dict[int, Width]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from distilllens.batches import pack_by_length
 from distilllens.data import Example
-from distilllens.lens import LogitLens, rows_at
+from distilllens.lens import LogitLens, execution_device, rows_at
 from distilllens.tail_sampling import draw_tail, tail_uniforms
 from distilllens.targets import SparseTargets, join_rows, split_top_k, unstack_targets
 from distilllens.widths import Width
@@ -102,7 +102,7 @@ class TeacherPass:
             input_ids[row, :length] = torch.tensor(np.asarray(example.token_ids, dtype=np.int64))
             attention_mask[row, :length] = 1
             is_target[row, :length] = torch.tensor(np.asarray(example.is_target, dtype=bool))
-        device = self.model.device
+        device = execution_device(self.model.get_input_embeddings())
         hidden = self.lens.hidden_states(input_ids.to(device), attention_mask.to(device), layers)
         return {layer: rows_at(states, is_target.to(states.device)) for layer, states in hidden.items()}
 

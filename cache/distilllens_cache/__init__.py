@@ -6,11 +6,13 @@ from distilllens_cache.codec import CODECS, Codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.identity import READER_FIELDS, Identity, TokenizerIdentity, compare_identity
 from distilllens_cache.layout import FORMAT_VERSION
+from distilllens_cache.lock import ALONE, Seat, require_free
 from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
 from distilllens_cache.order import WINDOW_SHARDS, Order
-from distilllens_cache.plan import plan_shards
+from distilllens_cache.plan import plan_shards, share_shards
 from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
+from distilllens_cache.resume import cut_of
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.spool import Spool
 from distilllens_cache.stream import CacheStream
@@ -28,6 +30,7 @@ from distilllens_cache.verify import Problem, VerifyReport, verify_cache
 from distilllens_cache.writer import CacheWriter
 
 __all__ = [
+    "ALONE",
     "CODECS",
     "FIXED_POINT",
     "FORMAT_VERSION",
@@ -51,7 +54,7 @@ __all__ = [
     "PlannedExample",
     "Problem",
     "Projection",
-    "ReadAhead",
+    "ReadAhead | Seat",
     "ShardRecord",
     "Sketch",
     "SketchRecord",
@@ -63,10 +66,13 @@ __all__ = [
     "VerifyReport",
     "canary",
     "compare_identity",
+    "cut_of",
     "example_digest",
     "open_folder",
     "parse_tail_spec",
     "plan_shards",
+    "require_free",
+    "share_shards",
     "tail_profile",
     "verify_cache",
 ]

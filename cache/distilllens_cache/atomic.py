@@ -1,7 +1,9 @@
 """Files that appear whole or not at all."""
 
 import errno
+import fcntl
 import os
+import secrets
 from pathlib import Path
 
 from distilllens_cache.errors import CacheError
@@ -13,9 +15,10 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     """Put ``data`` at ``path``: under a temporary name, flushed, renamed, and the folder flushed too.
 
     A process killed at any moment leaves the old file, or none, or the new one; at worst a file
-    `NAME.tmp-PID` beside it. A failing system call becomes a `CacheError`.
+    `NAME.tmp-NUMBER` beside it. A failing system call becomes a `CacheError`.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Two hosts may write one file at once, and their processes may have one number.
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}{secrets.randbelow(10**9):09d}")
     try:
         handle = create(temporary)
         try:
@@ -92,3 +95,45 @@ def fsync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def lock(handle: int) -> None:
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of the file ``path``. Asking keeps nobody from taking it for long."""
+    handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one called ``path``."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    opened = os.fstat(handle)
+    return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def touch(handle: int) -> None:
+    os.utime(handle)

@@ -31,7 +31,8 @@ def clear(folder: Path, *, temporary_only: bool) -> None:
     """Delete what a writer of caches made in ``folder``, or only what a killed one left half-written.
 
     The manifest goes first, so that no reader takes what remains for a whole cache. The plan stays: it
-    tells what the folder is until a new plan replaces it. Files that no writer makes stay too.
+    tells what the folder is until a new plan replaces it. Files that no writer makes stay too, and so do locks, which
+    belong to the writers at work.
     """
     for path in _own_files(folder):
         is_temporary = layout.TEMPORARY.fullmatch(path.name) is not None
@@ -40,14 +41,14 @@ def clear(folder: Path, *, temporary_only: bool) -> None:
 
 
 def looks_like_a_cache(folder: Path) -> bool:
-    """Whether a writer of caches was at work in ``folder``: a plan, a manifest, or a first try at a plan."""
+    """Whether a writer of caches was at work in ``folder``: a plan, a manifest, a first try at a plan, or a lock."""
     for name in (layout.PLAN, layout.MANIFEST):
         path = folder / name
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 if b'"distilllens-' in file.read(4 << 20) or file.seek(0, os.SEEK_END) == 0:
                     return True
-    return all(name.startswith(f"{layout.PLAN}.tmp-") for name in os.listdir(folder))
+    return all(name.startswith(f"{layout.PLAN}.tmp-") or layout.is_lock(name) for name in os.listdir(folder))
 
 
 def _own_files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ TAIL_SUMS = "tail_sums.arrow"
 SKETCHES = "sketches"
 CALIBRATION = "calibration.bin"
 MANIFEST = "manifest.json"
+DOOR = "writers.lock"
 
 MAX_SHARD_BYTES = 1 << 30
 """Largest file of targets or of tail rows, in bytes. A reader digests a whole shard before it parses it."""
@@ -38,6 +39,9 @@ OWN_FILE = re.compile(
     re.ASCII,
 )
 """Files outside the tokenizer's folder that only a writer of caches makes."""
+
+SEAT = re.compile(r"writer\.(\d+)\.lock", re.ASCII)
+"""Files that the writers at work hold; none is part of a cache."""
 
 TEMPORARY = re.compile(r".*\.tmp-\d+", re.ASCII)
 
@@ -75,6 +79,16 @@ def projection_name(layer: int) -> str:
 def sketch_commit_name(layer: int) -> str:
     """File that commits the sketch of ``layer``."""
     return f"{SKETCHES}/layer_{layer}.json"
+
+
+def seat_name(rank: int) -> str:
+    """File that the writer of this rank holds while it is at work."""
+    return f"writer.{rank}.lock"
+
+
+def is_lock(name: str) -> bool:
+    """Whether this is a file by which writers keep others out."""
+    return name == DOOR or SEAT.fullmatch(name) is not None
 
 
 def limit_of(name: str) -> int:

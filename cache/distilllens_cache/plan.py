@@ -1,4 +1,4 @@
-"""Which examples share a shard."""
+"""Which examples share a shard, and which rank writes which shards."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,17 @@ def plan_shards(
     if examples:
         shards.append(range(first, len(examples)))
     return shards
+
+
+def share_shards(num_tokens: dict[int, int], world_size: int) -> list[list[int]]:
+    """The shards of each rank, ascending: a partition of ``num_tokens``, tokens by number of the shard.
+
+    The longest shard goes to the rank with the fewest tokens so far, and so on: no rank has more than another by
+    more tokens than its smallest shard holds.
+    """
+    loads, shares = [0] * world_size, [[] for _ in range(world_size)]
+    for number in sorted(num_tokens, key=lambda number: (-num_tokens[number], number)):
+        rank = loads.index(min(loads))
+        loads[rank] += num_tokens[number]
+        shares[rank].append(number)
+    return [sorted(share) for share in shares]

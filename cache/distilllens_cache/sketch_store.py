@@ -24,25 +24,35 @@ _SHA256_BYTES = 32
 class SketchStore:
     """What a writer knows of the sketches of its plan, and the scratch file of the pass that makes them."""
 
-    def __init__(self, folder: Path, identity: Identity, plan_sha256: str) -> None:
+    def __init__(self, folder: Path, identity: Identity, plan_sha256: str, *, base_sha256: str | None = None) -> None:
+        """``base_sha256`` is the plan of a cache that this one is made from by adding examples."""
         self._folder = folder
         self._identity = identity
         self._plan_sha256 = plan_sha256
+        self._base_sha256 = base_sha256
         self.records: dict[int, SketchRecord] = {}
         """By layer, ascending: sketches that are written and whose files are as they were."""
-        for layer in identity.sketch_layers:
-            record = self._committed(layer)
-            if record is not None:
-                self.records[layer] = record
+        self.look_again()
         self._clean_up()
+
+    def look_again(self) -> None:
+        """Find the sketches that others have written meanwhile."""
+        found = {layer: self._committed(layer) for layer in self.missing()}
+        new = {layer: record for layer, record in found.items() if record is not None}
+        self.records = dict(sorted((self.records | new).items()))
 
     def missing(self) -> list[int]:
         """Layers whose sketch is still to be written."""
         return [layer for layer in self._identity.sketch_layers if layer not in self.records]
 
-    def digest(self) -> str | None:
-        """What a sidecar says about the sketches its codes belong to."""
-        return sketches_digest(self.records, plan_sha256=self._plan_sha256)
+    def digest(self, plan_sha256: str | None = None) -> str | None:
+        """What a sidecar of a plan (default: this one) says about the sketches its codes belong to."""
+        return sketches_digest(self.records, plan_sha256=plan_sha256 or self._plan_sha256)
+
+    def adopt(self) -> None:
+        """Write the commits of all sketches anew, for this plan in place of the one that it is made from."""
+        for layer, record in self.records.items():
+            self._commit(layer, record)
 
     def read(self) -> dict[int, tuple[Sketch, Projection]]:
         """The sketches that are written, checked anew."""
@@ -72,13 +82,16 @@ class SketchStore:
         for file in (record.sketch, record.projection):
             if file.size > layout.MAX_FILE_BYTES:
                 raise CacheError(f"{file.name} would have {file.size} bytes; lower the rank in --store-tail.")
-        commit = SketchCommit(plan_sha256=self._plan_sha256, layer=layer, sketch=record)
         atomic.make_folder(self._folder / layout.SKETCHES)
         atomic.write_file(self._folder / sketch_name, sketch_data)
         atomic.write_file(self._folder / projection_name, projection_data)
-        atomic.write_file(self._folder / layout.sketch_commit_name(layer), to_bytes(commit))
+        self._commit(layer, record)
         self.records = dict(sorted([*self.records.items(), (layer, record)]))
         self._clean_up()
+
+    def _commit(self, layer: int, record: SketchRecord) -> None:
+        commit = SketchCommit(plan_sha256=self._plan_sha256, layer=layer, sketch=record)
+        atomic.write_file(self._folder / layout.sketch_commit_name(layer), to_bytes(commit))
 
     def read_calibration(self) -> bytes | None:
         """The content of the scratch file if it is there, whole, and of this plan."""
@@ -116,7 +129,7 @@ class SketchStore:
         try:
             commit = read_commit(self._folder, layer)
             commit.sketch.check(layer, self._identity)
-            if (commit.plan_sha256, commit.layer) != (self._plan_sha256, layer):
+            if commit.plan_sha256 not in (self._plan_sha256, self._base_sha256) or commit.layer != layer:
                 return None
             for record in (commit.sketch.sketch, commit.sketch.projection):
                 read_recorded(self._folder, record, max_bytes=layout.MAX_FILE_BYTES)

@@ -1,6 +1,5 @@
 """The writer: a plan first, then shards in any order, the manifest last."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from distilllens_cache import folder as folder_state
 from distilllens_cache.codec import find_codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain, read_recorded, record_of
-from distilllens_cache.identity import Identity, compare_identity
-from distilllens_cache.index import Index, index_bytes
+from distilllens_cache.identity import Identity
+from distilllens_cache.index import index_bytes
+from distilllens_cache.lock import ALONE, Seat, lock_of
 from distilllens_cache.manifest import (
     FileRecord,
-    LayerStats,
     Manifest,
     Plan,
     PlannedShard,
@@ -26,11 +25,13 @@ from distilllens_cache.manifest import (
     from_bytes,
     to_bytes,
 )
+from distilllens_cache.resume import matching_plan, plan_digest
 from distilllens_cache.shard import Expected, encode_shard
+from distilllens_cache.shard_store import ShardStore
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.sketch_store import SketchStore
 from distilllens_cache.tail_rows import encode_tail_rows
-from distilllens_cache.tail_sums import add_tails, decode_tails, encode_tails
+from distilllens_cache.tail_sums import encode_tails
 from distilllens_cache.targets import CachedExample, PlannedExample
 
 
@@ -42,6 +43,10 @@ class CacheWriter:
     undisturbed one, as far as the teacher gives the same targets again.
 
     Where the identity asks for sketches, they come before all shards: `missing_sketches`, `write_sketch`.
+
+    A writer keeps other processes out of its folder until it is finished, closed or gone; the ranks of one run share
+    the folder. They need no more than its files to agree: each writes its shards, and `look_again` tells what the
+    others wrote.
     """
 
     def __init__(
@@ -53,13 +58,17 @@ class CacheWriter:
         tokenizer_files: Path | dict[str, bytes],
         shards: Sequence[range],
         overwrite: bool = False,
+        append: bool = False,
+        seat: Seat = ALONE,
     ) -> None:
         """Write the plan of a new cache, or find out what is left to do in the one that ``folder`` holds.
 
         An existing cache must have this very identity, examples, shards and tokenizer; each difference is
-        named in the `CacheError`. A folder that holds something else is refused untouched. ``overwrite``
-        starts anew: it deletes the files of the cache in ``folder``, and only those. A damaged file of the
-        cache is written again.
+        named in the `CacheError`. A folder that holds something else, or in which another run is at work, is refused
+        untouched. ``overwrite`` starts anew: it deletes the files of the cache in ``folder``, and only those. A damaged
+        file of the cache is written again. ``append`` takes a finished cache to which ``examples`` and ``shards``
+        add some at the end: it stays readable until `finish` makes it the longer one. ``seat`` is this process's
+        place among the ranks of its run.
         """
         self.folder = Path(folder)
         self.identity = identity
@@ -70,6 +79,7 @@ class CacheWriter:
         _check_ranges(shards, len(examples))
         tokenizer = _tokenizer_files(tokenizer_files)
         index = index_bytes(examples)
+        self._index = index
         self._plan = Plan(
             identity=identity,
             index=record_of(layout.INDEX, index),
@@ -80,22 +90,31 @@ class CacheWriter:
             ),
         )
         folder_state.check(self.folder)
-        if not overwrite and (self.folder / layout.PLAN).exists():
-            self._plan = self._resume()
-            folder_state.clear(self.folder, temporary_only=True)
-        else:
-            atomic.make_folder(self.folder)
-            folder_state.clear(self.folder, temporary_only=False)
-            atomic.write_file(self.folder / layout.PLAN, to_bytes(self._plan))
-        for name in (layout.SHARDS, layout.TOKENIZER):
-            atomic.make_folder(self.folder / name)
-        self._plan_sha256 = hashlib.sha256(to_bytes(self._plan)).hexdigest()
-        self._repair({self._plan.index.name: index, **tokenizer})
-        self._sketches = SketchStore(self.folder, identity, self._plan_sha256)
-        self._done: dict[int, Sidecar] = {}
-        self._find_committed()
+        if append and not (self.folder / layout.PLAN).exists():
+            raise CacheError(f"{self.folder} holds no cache to add examples to: make it first, without --append.")
+        atomic.make_folder(self.folder)
+        self.lock = lock_of(self.folder, seat)
+        """Who else is at work in the folder."""
+        self.lock.enter(lambda: self._prepare(tokenizer, overwrite=overwrite, append=append))
+        try:
+            self._open(append=append)
+        except BaseException:
+            self.close()
+            raise
         self.finished = self._is_finished()
         """Whether the cache is whole: nothing to do."""
+        if self.finished:
+            self.close()
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write in the folder; what is done stays done."""
+        self.lock.leave()
 
     def missing_sketches(self) -> list[int]:
         """Layers whose sketch is still to be written, ascending."""
@@ -107,8 +126,9 @@ class CacheWriter:
 
     def write_sketch(self, layer: int, sketch: Sketch, projection: Projection) -> None:
         """Write the sketch of a layer and what encodes its codes. Shards made with another one are undone."""
+        self.lock.require_held()
         self._sketches.write(layer, sketch, projection)
-        self._find_committed()
+        self._shards.find()
 
     def read_calibration(self) -> bytes | None:
         """What `write_calibration` kept last; None if there is nothing, or nothing sound."""
@@ -116,12 +136,24 @@ class CacheWriter:
 
     def write_calibration(self, data: bytes) -> None:
         """Keep the state of a calibration pass until the last sketch is written, at most 1 GiB."""
+        self.lock.require_held()
         self._sketches.write_calibration(data)
 
     def unfinished(self) -> list[int]:
         """Numbers of the shards still to be written, ascending. Sketches come before: `missing_sketches`."""
         self._require_sketches()
-        return [number for number in range(len(self._plan.shards)) if number not in self._done]
+        return self._shards.missing()
+
+    def look_again(self) -> bool:
+        """Take note of what the other ranks of this run have written meanwhile; whether the cache is finished now."""
+        if self._sketches.missing():
+            self._sketches.look_again()
+            self._shards.find()
+        else:
+            self._shards.look_again()
+        if not self.finished and self._has_right_manifest():
+            self._end()
+        return self.finished
 
     def write_shard(
         self,
@@ -134,11 +166,11 @@ class CacheWriter:
         ``examples`` are the plan's, in its order, with codes and samples where the identity stores them;
         ``tail_sums`` are (V,) in units of 1 / `FIXED_POINT` by layer that stores a profile, or None if none does.
         """
-        self._require_sketches()
-        if number in self._done or not 0 <= number < len(self._plan.shards):
+        if number not in self.unfinished():
             raise CacheError(f"shard {number} is not one of the shards still to be written in {self.folder}.")
         if (tail_sums is not None) != bool(self.identity.profile_layers):
             raise CacheError(f"tail sums do not fit store_tail={self.identity.store_tail} of shard {number}.")
+        self.lock.require_held()
         planned = self._plan.shards[number]
         expected = Expected(planned.first, self._examples[planned.first : planned.stop])
         encoded = encode_shard(examples, expected, self.identity, name=planned.name)
@@ -174,11 +206,13 @@ class CacheWriter:
         for name, data in contents.items():
             self._write(name, data)
             self.bytes_written += records[name].size
-        self._write(layout.sidecar_name(number), to_bytes(sidecar))
-        self._done[number] = sidecar
+        self._shards.commit(sidecar)
 
     def finish(self) -> Path:
-        """Write the sum of the tail sums and then, last, the manifest, whose path is returned."""
+        """Write the sum of the tail sums and then, last, the manifest, whose path is returned.
+
+        Any rank may do that, and more than one: the second finds the manifest of the first.
+        """
         path = self.folder / layout.MANIFEST
         if self.finished:
             return path
@@ -187,32 +221,82 @@ class CacheWriter:
             raise CacheError(
                 f"{self.folder} still lacks {len(missing)} of {len(self._plan.shards)} shards; write them first."
             )
-        tail_record = None
-        if self.identity.profile_layers:
-            data = self._total_tails()
-            tail_record = record_of(layout.TAIL_SUMS, data)
-            self._write(layout.TAIL_SUMS, data)
-        self._write(layout.MANIFEST, to_bytes(self._manifest(tail_record)))
-        self.finished = True
+        self.lock.require_held()
+        with self.lock.alone():
+            if not self._has_right_manifest():
+                if self._base is not None:
+                    self._adopt()
+                tail_record = None
+                if self.identity.profile_layers:
+                    data = self._shards.total_tails()
+                    tail_record = record_of(layout.TAIL_SUMS, data)
+                    self._write(layout.TAIL_SUMS, data)
+                self._write(layout.MANIFEST, to_bytes(self._manifest(tail_record)))
+        self._end()
         return path
+
+    def _prepare(self, tokenizer: dict[str, bytes], *, overwrite: bool, append: bool) -> None:
+        """Make the folder ready for all ranks: the first one does, and nobody else is at work meanwhile."""
+        found = self._plan
+        if not overwrite and (self.folder / layout.PLAN).exists():
+            found = matching_plan(self.folder, self._plan, self._examples, append=append)
+            folder_state.clear(self.folder, temporary_only=True)
+        else:
+            folder_state.clear(self.folder, temporary_only=False)
+            atomic.write_file(self.folder / layout.PLAN, to_bytes(self._plan))
+        for name in (layout.SHARDS, layout.TOKENIZER):
+            atomic.make_folder(self.folder / name)
+        is_shorter = found.num_examples < len(self._examples)
+        index = index_bytes(self._examples[: found.num_examples]) if is_shorter else self._index
+        self._repair(found, {layout.INDEX: index, **tokenizer})
+
+    def _open(self, *, append: bool) -> None:
+        """Find out what is done, of the plan in the folder or of one that this run makes longer."""
+        found = matching_plan(self.folder, self._plan, self._examples, append=append)
+        self._base = None
+        if found.num_examples < len(self._examples):
+            self._base = (plan_digest(found), len(found.shards))
+        else:
+            self._plan = found
+        self._plan_sha256 = plan_digest(self._plan)
+        base_sha256 = None if self._base is None else self._base[0]
+        self._sketches = SketchStore(self.folder, self.identity, self._plan_sha256, base_sha256=base_sha256)
+        self._shards = ShardStore(self.folder, self._plan, self._plan_sha256, self._sketches, base=self._base)
+        if self._base is not None and (self._sketches.missing() or self._shards.missing()[0] < self._base[1]):
+            raise CacheError(
+                f"{self.folder} is unfinished or damaged, so nothing can be added to it: run the same command without "
+                f"--append first, on the rows that it was begun with."
+            )
+
+    def _adopt(self) -> None:
+        """Turn the cache that examples are added to into the longer one, but for its manifest.
+
+        Killed on the way, it has no manifest; its shards and sketches name the older plan or this one, and a writer
+        that appends takes either.
+        """
+        atomic.remove(self.folder / layout.MANIFEST)
+        self._sketches.adopt()
+        self._shards.adopt()
+        self._write(layout.INDEX, self._index)
+        self._write(layout.PLAN, to_bytes(self._plan))
+        self._base = None
+
+    def _end(self) -> None:
+        self.finished = True
+        self.close()
 
     def _write(self, name: str, data: bytes | memoryview) -> None:
         atomic.write_file(self.folder / name, data)
 
     def _manifest(self, tail_sums: FileRecord | None) -> Manifest:
-        sidecars = [self._done[number] for number in range(len(self._plan.shards))]
-        layer_stats: dict[int, LayerStats] = {}
-        for sidecar in sidecars:  # in the order of the shards, so that rounding is the same every time
-            for layer, stats in sidecar.layer_stats.items():
-                layer_stats[layer] = layer_stats[layer] + stats if layer in layer_stats else stats
         return Manifest(
             identity=self._plan.identity,
             plan_sha256=self._plan_sha256,
             index=self._plan.index,
             tokenizer_files=self._plan.tokenizer_files,
-            shards=tuple(sidecar.shard for sidecar in sidecars),
+            shards=tuple(sidecar.shard for sidecar in self._shards.sidecars()),
             tail_sums=tail_sums,
-            layer_stats=layer_stats,
+            layer_stats=self._shards.layer_stats(),
             sketches=self._sketches.records,
         )
 
@@ -222,70 +306,9 @@ class CacheWriter:
                 f"{self.folder} still lacks the sketches of the layers {missing}; write them before any shard."
             )
 
-    def _find_committed(self) -> None:
-        """Find out which shards are done; none is before the sketches that their codes belong to."""
-        if self._sketches.missing():
-            return
-        found = {number: self._committed(number) for number in range(len(self._plan.shards))}
-        self._done = {number: sidecar for number, sidecar in found.items() if sidecar is not None}
-
-    def _total_tails(self) -> memoryview:
-        total: dict[int, NDArray[np.int64]] = {}
-        num_targets = 0
-        for number in range(len(self._plan.shards)):
-            shard = self._done[number].shard
-            assert shard.tails is not None
-            data = read_recorded(self.folder, shard.tails, max_bytes=layout.MAX_FILE_BYTES)
-            tails = decode_tails(data, self.identity, num_targets=shard.num_targets, name=shard.tails.name)
-            add_tails(total, tails, name=layout.TAIL_SUMS)
-            num_targets += shard.num_targets
-        return encode_tails(total, self.identity, num_targets=num_targets, name=layout.TAIL_SUMS)
-
-    def _resume(self) -> Plan:
-        """The plan in the folder, if it is the one of this run."""
-        data = read_plain(self.folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
-        anew = "Choose another --output-dir, or pass --overwrite to delete this cache and start anew."
-        try:
-            found = from_bytes(Plan, data, name=layout.PLAN)
-        except CacheError as error:
-            raise CacheError(f"{self.folder} cannot be continued: {error} {anew}") from None
-        differences = compare_identity(found.identity, self._plan.identity)
-        if differences:
-            raise CacheError(
-                f"{self.folder} holds a cache of something else:\n  "
-                + "\n  ".join(differences)
-                + f"\n{anew} To continue it, run with what it was made with."
-            )
-        example = self._differing_example(found)
-        if example is not None:
-            raise CacheError(f"{self.folder} holds a cache of other examples: {example}. {anew}")
-        if found.shards != self._plan.shards:
-            raise CacheError(
-                f"{self.folder} has {len(found.shards)} shards, cut elsewhere than the "
-                f"{len(self._plan.shards)} of this run. {anew}"
-            )
-        if found.tokenizer_files != self._plan.tokenizer_files:
-            raise CacheError(f"{self.folder} has other tokenizer files than this run. {anew}")
-        return found
-
-    def _differing_example(self, found: Plan) -> str | None:
-        if found.num_examples != len(self._examples):
-            return f"it has {found.num_examples}, this run has {len(self._examples)}"
-        if found.index == self._plan.index:
-            return None
-        try:
-            data = read_recorded(self.folder, found.index, max_bytes=layout.MAX_FILE_BYTES)
-            index = Index(data, num_examples=found.num_examples)
-        except CacheError as error:
-            return f"its index differs from that of this run, and {error}"
-        for number, example in enumerate(self._examples):
-            if index[number] != example:
-                return f"at place {number} it has {index[number]}, this run has {example}"
-        return None
-
-    def _repair(self, contents: dict[str, bytes | memoryview]) -> None:
+    def _repair(self, plan: Plan, contents: dict[str, bytes | memoryview]) -> None:
         """Write the index and the tokenizer's files where they are missing or damaged."""
-        for record in (self._plan.index, *self._plan.tokenizer_files):
+        for record in (plan.index, *plan.tokenizer_files):
             try:
                 read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
             except CacheError:
@@ -295,46 +318,30 @@ class CacheWriter:
                 atomic.make_folder(path.parent)
                 atomic.write_file(path, contents[record.name])
 
-    def _committed(self, number: int) -> Sidecar | None:
-        """The sidecar of a shard whose files are all as it says; None if the shard has to be written."""
-        planned = self._plan.shards[number]
-        try:
-            data = read_plain(self.folder, layout.sidecar_name(number), max_bytes=layout.MAX_SIDECAR_BYTES)
-            sidecar = from_bytes(Sidecar, data, name=layout.sidecar_name(number))
-            shard = sidecar.shard
-            shard.check_names(number, self.identity)
-            if (
-                (sidecar.plan_sha256, sidecar.number) != (self._plan_sha256, number)
-                or sidecar.sketches_sha256 != self._sketches.digest()
-                or shard.codec != self.identity.codec
-                or shard.num_examples != planned.stop - planned.first
-                or tuple(sorted(sidecar.layer_stats)) != self.identity.layers
-            ):
-                return None
-            for record in shard.files:
-                read_recorded(self.folder, record, max_bytes=layout.limit_of(record.name))
-        except CacheError:
-            return None
-        return sidecar
-
     def _is_finished(self) -> bool:
         """Whether the manifest is there and says what the shards say; one that does not is taken away."""
+        if self._has_right_manifest():
+            return True
         path = self.folder / layout.MANIFEST
-        if not os.path.lexists(path):
+        if self._base is None and os.path.lexists(path):  # with a base, it is the one of the cache as it was
+            # Readers must not take the cache for a whole one while its damaged shards are written again.
+            atomic.remove(path)
+        return False
+
+    def _has_right_manifest(self) -> bool:
+        path = self.folder / layout.MANIFEST
+        if not os.path.lexists(path) or self._sketches.missing() or self._shards.missing():
             return False
         try:
             data = read_plain(self.folder, layout.MANIFEST, max_bytes=layout.MAX_JSON_BYTES)
             manifest = from_bytes(Manifest, data, name=layout.MANIFEST)
-            is_whole = not self._sketches.missing() and not self.unfinished()
-            if is_whole and manifest == self._manifest(manifest.tail_sums):
-                if manifest.tail_sums is not None:
-                    read_recorded(self.folder, manifest.tail_sums, max_bytes=layout.MAX_FILE_BYTES)
-                return True
+            if manifest != self._manifest(manifest.tail_sums):
+                return False
+            if manifest.tail_sums is not None:
+                read_recorded(self.folder, manifest.tail_sums, max_bytes=layout.MAX_FILE_BYTES)
         except CacheError:
-            pass
-        # Readers must not take the cache for a whole one while its damaged shards are written again.
-        atomic.remove(path)
-        return False
+            return False
+        return True
 
 
 def _check_ranges(shards: Sequence[range], num_examples: int) -> None:

@@ -143,7 +143,8 @@ def test_overwrite_takes_the_manifest_away_first(tmp_path: Path, cache: Any, mon
     removed: list[str] = []
     original = atomic.remove
     monkeypatch.setattr(atomic, "remove", lambda path: (removed.append(path.name), original(path)))
-    cache.writer(folder, overwrite=True)
+    writer = cache.writer(folder, overwrite=True)
+    assert not writer.finished
     assert removed[0] == "manifest.json"
     assert "plan.json" not in removed
     assert len(removed) == 11
