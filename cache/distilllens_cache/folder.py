@@ -1,7 +1,6 @@
 """What lies in a folder: nothing, a cache to go on with, or something that is not ours."""
 
 import os
-import stat
 from pathlib import Path
 
 from distilllens_cache import atomic, layout
@@ -55,5 +54,5 @@ def _own_files(folder: Path) -> list[Path]:
     paths = [p for part in ("", layout.SHARDS, layout.SKETCHES) for p in (folder / part).glob("*")]
     own = [path for path in paths if layout.OWN_FILE.fullmatch(path.relative_to(folder).as_posix())]
     own += (folder / layout.TOKENIZER).rglob("*")
-    files = [path for path in own if path.is_symlink() or stat.S_ISREG(path.lstat().st_mode)]
+    files = [path for path in own if path.is_symlink() or path.is_file()]
     return sorted(files, key=lambda path: (path != folder / layout.MANIFEST, path))
