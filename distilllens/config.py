@@ -146,8 +146,16 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
     """Remove the cache that is in the output folder and begin anew."""
+    repair: bool = False
+    """Check the finished cache in the output folder, and write only what is damaged again."""
     dry_run: bool = False
     """Say how many rows, target positions, bytes and hours it would take, and stop."""
+
+    @model_validator(mode="after")
+    def _repairs_or_overwrites(self) -> "CacheTeacherConfig":
+        if self.repair and self.overwrite:
+            raise ValueError("--repair keeps the cache that is there, --overwrite removes it: give one of them")
+        return self
 
 
 class NewStudentConfig(RunConfig):

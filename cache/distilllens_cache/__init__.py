@@ -8,6 +8,7 @@ from distilllens_cache.layout import FORMAT_VERSION
 from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
 from distilllens_cache.plan import plan_shards
 from distilllens_cache.reader import CacheReader
+from distilllens_cache.repair import restore_plan
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.tail_spec import SketchSpec, TailSpec, parse_tail_spec
 from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
@@ -55,6 +56,7 @@ __all__ = [
     "example_digest",
     "parse_tail_spec",
     "plan_shards",
+    "restore_plan",
     "tail_profile",
     "verify_cache",
 ]

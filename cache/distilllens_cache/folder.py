@@ -26,6 +26,15 @@ def check(folder: Path) -> None:
             raise CacheError(f"{path} is no ordinary folder, as it is in a cache. Choose another --output-dir.")
 
 
+def require_plan(folder: Path) -> None:
+    """Refuse a finished cache that lost its plan: without it, everything else would be taken for rubbish."""
+    if os.path.lexists(folder / layout.MANIFEST) and not os.path.lexists(folder / layout.PLAN):
+        raise CacheError(
+            f"{folder} has a {layout.MANIFEST} but no {layout.PLAN}; nothing was changed. --repair writes the plan "
+            f"again, --overwrite deletes this cache and starts anew."
+        )
+
+
 def clear(folder: Path, *, temporary_only: bool) -> None:
     """Delete what a writer of caches made in ``folder``, or only what a killed one left half-written.
 

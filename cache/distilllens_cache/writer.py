@@ -80,6 +80,8 @@ class CacheWriter:
             ),
         )
         folder_state.check(self.folder)
+        if not overwrite:
+            folder_state.require_plan(self.folder)
         if not overwrite and (self.folder / layout.PLAN).exists():
             self._plan = self._resume()
             folder_state.clear(self.folder, temporary_only=True)
