@@ -5,12 +5,14 @@
     python scripts/faults.py --results faults.jsonl --trials 100       # at most 100 trials of each row
     python scripts/faults.py --results faults.jsonl --table            # what is there already, as Markdown
 
-A row that --results has with the same count and seed is not run again, so a stopped run continues.
+A row that --results has with the same count and seed is not run again, so a stopped run continues. One that
+--minutes cut short is.
 Ends with exit code 1 if a cache broke a promise.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -34,6 +36,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True, help="JSON lines: one for each finished row")
     parser.add_argument("--rows", default="", help="only rows with this in their name; several after commas")
     parser.add_argument("--trials", type=int, help="at most so many trials a row (default: the full counts)")
+    parser.add_argument("--minutes", type=float, help="start no trial of a row after so long; what was reached counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--cache", type=Path, action="append", default=[], help="do it to this finished cache too")
@@ -45,7 +48,7 @@ def main() -> int:
     if not arguments.table:
         for row in chosen:
             wanted = {"row": row.name, "asked": limit(row, arguments.trials), "seed": arguments.seed}
-            if wanted.items() <= done.get(row.name, {}).items():
+            if wanted.items() | {("cut_short", False)} <= done.get(row.name, {}).items():
                 continue
             record = wanted | measure(row, wanted["asked"], arguments)
             done[row.name] = record
@@ -67,11 +70,13 @@ def measure(row: Row, trials: int | None, arguments: argparse.Namespace) -> dict
             print(f"\r{row.name}: {number} of {trials or 'all'}", end="", file=sys.stderr)
 
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        bench = Bench(Path(scratch), arguments.seed, arguments.workers, arguments.cache, tell)
+        until = started + 60 * (arguments.minutes or math.inf)
+        bench = Bench(Path(scratch), arguments.seed, arguments.workers, arguments.cache, tell, until)
         tally = row.run(bench, trials)
     print(f"{row.name}: {tally.trials} trials, {tally.num_faults} faults ({tally})", file=sys.stderr)
     return {
         "trials": tally.trials,
+        "cut_short": time.monotonic() > until and tally.trials < (trials or 0),
         "counts": dict(tally.counts),
         "num_faults": tally.num_faults,
         "faults": tally.faults,

@@ -64,9 +64,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the file at hand, the bytes checked so far, and all bytes."""
 
 
-def verify_cache(
-    folder: Path | str, progress: Progress | None = None, *, workers: int | None = None
-) -> VerifyReport:
+def verify_cache(folder: Path | str, progress: Progress | None = None, *, workers: int | None = None) -> VerifyReport:
     """Check every file of a cache: digests, schema, meaning, sums, canary. A bad cache never raises.
 
     Shards are checked by ``workers`` threads at a time (default: one for each core); the report does not

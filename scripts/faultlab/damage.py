@@ -180,6 +180,8 @@ def _changed(rng: random.Random, files: Files, patch: Callable[[str, int], bytes
 def _kinds(files: Files) -> list[list[str]]:
     """Groups of files that differ and could be taken for each other."""
     shards = sorted(name for name in files if name.startswith("shards/"))
-    kinds = [[name for name in shards if name.partition(".")[2] == kind] for kind in {n.partition(".")[2] for n in shards}]
+    kinds = [
+        [name for name in shards if name.partition(".")[2] == kind] for kind in {n.partition(".")[2] for n in shards}
+    ]
     kinds.append(sorted(name for name in files if name.startswith("sketches/") and name.endswith(".json")))
     return sorted(kind for kind in kinds if len(kind) > 1)

@@ -10,7 +10,27 @@ import pyarrow.ipc
 
 from faultlab.seals import Files
 
-NUMBERS = (0, 1, -1, 2, 7, 8, 64, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**33, 2**40, 2**62, 2**63 - 1, -(2**63))
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    8,
+    64,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**32 - 1,
+    2**33,
+    2**40,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+)
 
 
 def forged_arrow(rng: random.Random, files: Files) -> Files:
@@ -36,7 +56,14 @@ def numbers_overwritten(rng: random.Random, data: bytes) -> bytes:
         at = _interesting(rng, data) // width * width
         if at + width <= len(data):
             bits = 8 * width
-            number = rng.choice([*NUMBERS, rng.getrandbits(bits), len(data), struct.unpack_from(code, data, at)[0] + rng.choice([-1, 1, 8])])
+            number = rng.choice(
+                [
+                    *NUMBERS,
+                    rng.getrandbits(bits),
+                    len(data),
+                    struct.unpack_from(code, data, at)[0] + rng.choice([-1, 1, 8]),
+                ]
+            )
             struct.pack_into(code, changed, at, (number + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1))
     return bytes(changed)
 
@@ -54,7 +81,15 @@ def sizes_inflated(rng: random.Random, data: bytes) -> bytes:
 
 def cut_or_lengthened(rng: random.Random, data: bytes) -> bytes:
     at = rng.randrange(len(data))
-    return rng.choice([data[:at], data[:at] + data[-10:], data + data, data[:at] + bytes(rng.randrange(64)) + data[at:], b"ARROW1\0\0" + data[at:]])
+    return rng.choice(
+        [
+            data[:at],
+            data[:at] + data[-10:],
+            data + data,
+            data[:at] + bytes(rng.randrange(64)) + data[at:],
+            b"ARROW1\0\0" + data[at:],
+        ]
+    )
 
 
 def pieces_moved(rng: random.Random, data: bytes) -> bytes:
@@ -78,7 +113,17 @@ def values_changed(rng: random.Random, data: bytes) -> bytes:
             values[at] = rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-3, 100.0, -60000.0, -1e-8, values[at - 1]])
         else:
             info = np.iinfo(values.dtype)
-            values[at] = rng.choice([info.min, info.max, 0, 1, values[at - 1], min(info.max, int(values[at]) + 1), rng.randint(info.min, info.max)])
+            values[at] = rng.choice(
+                [
+                    info.min,
+                    info.max,
+                    0,
+                    1,
+                    values[at - 1],
+                    min(info.max, int(values[at]) + 1),
+                    rng.randint(info.min, info.max),
+                ]
+            )
         what = rng.randrange(8)
         if what == 0:
             values[:] = values[at]
@@ -103,7 +148,13 @@ def lists_moved(rng: random.Random, data: bytes) -> bytes:
     at = rng.randrange(len(offsets))
     offsets[at] = max(0, min(len(column.values), int(offsets[at]) + rng.choice([-2, -1, 1, 2, 1000])))
     offsets = np.sort(offsets)
-    return _file(batch.set_column(place, batch.schema.field(place), pa.ListArray.from_arrays(pa.array(offsets), column.values, type=column.type)))
+    return _file(
+        batch.set_column(
+            place,
+            batch.schema.field(place),
+            pa.ListArray.from_arrays(pa.array(offsets), column.values, type=column.type),
+        )
+    )
 
 
 def schema_changed(rng: random.Random, data: bytes) -> bytes:
@@ -120,11 +171,16 @@ def schema_changed(rng: random.Random, data: bytes) -> bytes:
         return _file(batch.replace_schema_metadata({"ARROW:extension:name": "x", "a": "b"}))
     if what == 3:
         field = batch.schema.field(place).with_metadata(
-            {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": b"cos\nsystem\n(S'false'\ntR."}
+            {
+                "ARROW:extension:name": "arrow.py_extension_type",
+                "ARROW:extension:metadata": b"cos\nsystem\n(S'false'\ntR.",
+            }
         )
         return _file(pa.RecordBatch.from_arrays(batch.columns, schema=batch.schema.set(place, field)))
     if what == 4:
-        return _file(batch.set_column(place, name, column.dictionary_encode() if not pa.types.is_nested(column.type) else column))
+        return _file(
+            batch.set_column(place, name, column.dictionary_encode() if not pa.types.is_nested(column.type) else column)
+        )
     if what == 5:
         return _file(batch.set_column(place, batch.schema.field(place).with_nullable(True), column))
     if what == 6:
@@ -158,7 +214,9 @@ def bomb(rng: random.Random, data: bytes) -> bytes:
     number = (64 << 20) // width
     values = pa.Array.from_buffers(column.type.value_type, number, [None, pa.py_buffer(bytes(number * width))])
     offsets = pa.array([0] + [number] * batch.num_rows, pa.int32())
-    return _file(batch.set_column(place, batch.schema.field(place), pa.ListArray.from_arrays(offsets, values, type=column.type)))
+    return _file(
+        batch.set_column(place, batch.schema.field(place), pa.ListArray.from_arrays(offsets, values, type=column.type))
+    )
 
 
 WAYS: tuple[Callable[[random.Random, bytes], bytes], ...] = (

@@ -65,7 +65,9 @@ class Material:
         return cls(
             identity=identity,
             planned=[
-                PlannedExample(e.id, example_digest(e.token_ids, e.target_positions), len(e.token_ids), len(e.target_positions))
+                PlannedExample(
+                    e.id, example_digest(e.token_ids, e.target_positions), len(e.token_ids), len(e.target_positions)
+                )
                 for e in examples
             ],
             tokenizer_files={

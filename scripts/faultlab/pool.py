@@ -1,6 +1,7 @@
 """Trials in limited child processes: one that dies, hangs or eats memory is an outcome, not the end of the run."""
 
 import json
+import math
 import os
 import resource
 import selectors
@@ -40,11 +41,13 @@ def run(
     workers: int = 1,
     memory_mb: int = MEMORY_MB,
     seconds: float = 120,
+    until: float = math.inf,
     progress: Callable[[int], None] | None = None,
 ) -> Tally:
     """Run ``trial(number)`` for all ``numbers`` in ``workers`` processes at a time, each within memory and time.
 
-    A child that dies is a fault of the trial it was at, as is one that reports nothing for ``seconds``.
+    A child that dies is a fault of the trial it was at, as is one that reports nothing for ``seconds``. No trial
+    starts after ``until``, a time of `time.monotonic`.
     """
     tally = Tally()
     parts = max(min(workers, len(numbers)), -(-len(numbers) // TRIALS_PER_CHILD))
@@ -53,7 +56,7 @@ def run(
         running: dict[int, _Child] = {}
 
         def start(numbers: list[int]) -> None:
-            child = _fork(trial, numbers, memory_mb)
+            child = _fork(trial, numbers, memory_mb, until)
             running[child.pipe] = child
             selector.register(child.pipe, selectors.EVENT_READ)
 
@@ -62,7 +65,7 @@ def run(
             os.close(child.pipe)
             del running[child.pipe]
             _, status = os.waitpid(child.pid, 0)
-            if child.left:
+            if child.left and (status or why):
                 died = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
                 number = child.left.pop(0)
                 tally.add(Outcome("crashed", why or died), f"trial {number}", time.monotonic() - child.since)
@@ -70,6 +73,8 @@ def run(
                     waiting.append(child.left)
 
         while waiting or running:
+            if time.monotonic() > until:
+                waiting.clear()
             while waiting and len(running) < workers:
                 start(waiting.pop())
             for key, _ in selector.select(timeout=1):
@@ -93,7 +98,7 @@ def run(
     return tally
 
 
-def _fork(trial: Trial, numbers: list[int], memory_mb: int) -> _Child:
+def _fork(trial: Trial, numbers: list[int], memory_mb: int, until: float) -> _Child:
     read, write = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -107,6 +112,8 @@ def _fork(trial: Trial, numbers: list[int], memory_mb: int) -> _Child:
         _limit_memory(memory_mb)
         for number in numbers:
             started = time.monotonic()
+            if started > until:
+                break
             try:
                 outcome = trial(number)
             except Exception as error:

@@ -1,12 +1,24 @@
 """The table of fault tests: what each row does, how often, and with which caches."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from faultlab import damage, failures, forged_arrow, forged_json, hostile, identities, kills, races
+from faultlab import (
+    damage,
+    failures,
+    forged_arrow,
+    forged_json,
+    hostile,
+    identities,
+    kills,
+    races,
+    surroundings,
+    teacher,
+)
 from faultlab.material import files_of, handmade
 from faultlab.outcome import Tally
 from faultlab.pool import Trial, run
@@ -22,6 +34,8 @@ class Bench:
     more: Sequence[Path] = ()
     """Finished caches beside the handmade ones."""
     progress: Callable[[int], None] | None = None
+    until: float = math.inf
+    """When to start no more trials, by `time.monotonic`."""
 
     @cached_property
     def tiny(self) -> tuple[Path, ...]:
@@ -49,7 +63,7 @@ class Bench:
         return self.more[0] if self.more else self.small[1]
 
     def run(self, trial: Trial, numbers: Sequence[int], *, memory_mb: int = 768) -> Tally:
-        return run(trial, numbers, workers=self.workers, memory_mb=memory_mb, progress=self.progress)
+        return run(trial, numbers, workers=self.workers, memory_mb=memory_mb, until=self.until, progress=self.progress)
 
     def _made(self, codecs: Sequence[str], size: str) -> tuple[Path, ...]:
         made = [self.scratch / f"{size}-{codec}" for codec in codecs]
@@ -65,7 +79,7 @@ class Row(NamedTuple):
     trials: int | None
     """The full count; None where there is one trial for each of something."""
     quick: int
-    """How many trials CI runs."""
+    """How many trials CI runs; 0 where a trial takes too long."""
     run: Callable[[Bench, int | None], Tally]
     """Runs so many trials, or all that there are."""
 
@@ -132,6 +146,30 @@ def _full_disks(bench: Bench, trials: int | None) -> Tally:
     )
 
 
+def _killed_passes(bench: Bench, trials: int | None) -> Tally:
+    return bench.run(teacher.KilledPass(bench.seed, _made(bench, "killed")), range(trials or 0), memory_mb=1 << 20)
+
+
+def _surroundings(bench: Bench, trials: int | None) -> Tally:
+    trial = surroundings.Surroundings(bench.replayed, bench.seed, bench.scratch)
+    return bench.run(trial, range(trials or 0), memory_mb=1 << 20)
+
+
+def _passes_elsewhere(bench: Bench, trials: int | None) -> Tally:
+    trial = teacher.OtherSurroundings(bench.seed, _made(bench, "elsewhere"))
+    return bench.run(trial, range(trials or 0), memory_mb=1 << 20)
+
+
+def _teacher_gone(bench: Bench, trials: int | None) -> Tally:
+    return bench.run(teacher.TeacherGone(bench.seed, _made(bench, "gone")), range(trials or 0), memory_mb=1 << 20)
+
+
+def _made(bench: Bench, name: str) -> Path:
+    folder = bench.scratch / name
+    folder.mkdir()
+    return folder
+
+
 def _races(bench: Bench, trials: int | None) -> Tally:
     return bench.run(races.Races(bench.replayed, bench.seed, bench.scratch), range(trials or 0), memory_mb=4096)
 
@@ -169,6 +207,7 @@ ROWS: tuple[Row, ...] = (
     Row("truncation: each file missing and empty", None, 40, _every_file_gone),
     Row("kill -9 at random times, nested", 190, 12, _random_kills),
     Row("kill -9 at every system call, nested", None, 40, _kills_at_calls),
+    Row("kill -9 of a whole teacher pass, twice each", 10, 0, _killed_passes),
     Row("failing system calls", None, 40, _failing_calls),
     Row("disk full: RLIMIT_FSIZE, then resumed", 20, 4, _small_files),
     Row("disk full: a small tmpfs, then enlarged", 20, 4, _full_disks),
@@ -178,5 +217,8 @@ ROWS: tuple[Row, ...] = (
     Row("hostile manifests, plans and commits", 100_000, 300, _forged(forged_json.forged_json)),
     Row("hostile shards and other Arrow files", 100_000, 200, _forged(forged_arrow.forged_arrow)),
     Row("hostile folders: links, pipes, devices", 1000, 60, _traps),
+    Row("determinism: hash seed, locale, time zone, order, folder", 20, 2, _surroundings),
+    Row("determinism: the same, of a whole teacher pass", 4, 0, _passes_elsewhere),
+    Row("teacher gone, network denied, a student trained", 1, 1, _teacher_gone),
 )
 """In the order in which they are reported. The audit hook watches the three rows of hostile files."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 
+from faultlab import child
 from faultlab.material import Files, files_of
 from faultlab.outcome import Outcome
+from faultlab.surroundings import FOLDERS, draw, paths
 from faultlab.writing import rng_of
 
-ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT), *(str(ROOT / part) for part in ("cache", "tools"))]
 NUM_ROWS = 16
 
 WORDS = "the cat sat on a mat and dog ran under old house where new fish swam in red water not far from here".split()
@@ -30,7 +29,9 @@ def make_teacher(folder: Path) -> Path:
     special = ["<unk>", "<eos>", "#", ":", ".", ",", "\n"]
     backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -82,7 +83,12 @@ def pass_flags(teacher: Path, rows: Path, folder: Path) -> list[str]:
 def start(arguments: list[str], *, before: str = "", **environment: str) -> "subprocess.Popen[str]":
     """The program with some flags, as a process of its own; ``before`` is code that it runs first."""
     code = f"{before}\nfrom distilllens.cli import main\nmain()"
-    own = {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths())),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | own | environment,
@@ -133,42 +139,50 @@ class TeacherPass:
 
 @dataclass
 class KilledPass(TeacherPass):
-    """A pass killed at a random time after its plan is there, twice, and then left to finish."""
+    """A pass killed twice, once so and so many of its files are there, and then left to finish.
+
+    The passes run in forks of a process that has loaded torch already, which takes far longer than the rest.
+    """
 
     def __call__(self, number: int) -> Outcome:
         rng = rng_of(self.seed, "pass", number)
         folder = Path(mkdtemp(dir=self.scratch)) / "cache"
-        arguments = pass_flags(self.teacher, self.rows, folder)
         killed = 0
-        for wanted in sorted(rng.sample(range(1, 24), 2)):
-            process = start(arguments)
-            # So many of the files are there: the start of such a process takes far longer than its writing.
-            while process.poll() is None and sum(path.is_file() for path in folder.rglob("*")) < wanted:
+        for wanted in sorted(rng.sample(range(1, len(self.wanted)), 2)):
+            started = child.start(lambda: self.in_process(folder))
+            while sum(path.is_file() for path in folder.rglob("*")) < wanted and os.path.exists(
+                f"/proc/{started[0]}/mem"
+            ):
+                if (folder / "manifest.json").exists():
+                    break
                 time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            killed += process.returncode == -signal.SIGKILL
-        finished(arguments)
+            ended = child.wait_for(started, kill_after=0)
+            if ended.how not in ("killed", "done"):
+                return Outcome("raised", ended.text)
+            killed += ended.how == "killed"
+        ended = child.in_child(lambda: self.in_process(folder))
+        if ended.how != "done":
+            return Outcome("raised", ended.text)
         return Outcome(f"killed {killed} times, then finished", self.difference(folder))
+
+    def in_process(self, folder: Path) -> None:
+        """The pass without a new interpreter."""
+        from click.testing import CliRunner
+
+        from distilllens.cli import cli
+
+        result = CliRunner().invoke(cli, pass_flags(self.teacher, self.rows, folder), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
 
 
 @dataclass
 class OtherSurroundings(TeacherPass):
-    """A pass under another hash seed, locale, time zone and folder."""
+    """A whole pass under another hash seed, locale, time zone and folder."""
 
     def __call__(self, number: int) -> Outcome:
-        rng = rng_of(self.seed, "surroundings", number)
-        parts = [rng.choice(["a", "é ü", "deep/er/still", "with space", "x" * 100]) for _ in range(2)]
-        folder = Path(mkdtemp(dir=self.scratch), *parts)
-        locale = rng.choice(["C", "C.UTF-8", "POSIX", "de_DE.UTF-8", "tr_TR.UTF-8", "ja_JP.eucJP"])
-        surroundings = {
-            "PYTHONHASHSEED": str(rng.randrange(1, 2**32 - 1)),
-            "LANG": locale,
-            "LC_ALL": locale,
-            "TZ": rng.choice(["UTC", "Asia/Kathmandu", "America/St_Johns", "Pacific/Kiritimati", "XXX-25"]),
-            "COLUMNS": str(rng.choice([20, 80, 500])),
-        }
-        finished(pass_flags(self.teacher, self.rows, folder), **surroundings)
+        rng = rng_of(self.seed, "passes", number)
+        folder = Path(mkdtemp(dir=self.scratch), rng.choice(FOLDERS), rng.choice(FOLDERS))
+        finished(pass_flags(self.teacher, self.rows, folder), **draw(rng))
         return Outcome("the same bytes", self.difference(folder))
 
 
@@ -178,7 +192,7 @@ import atexit, sys
 touched = []
 
 def hook(event, arguments):
-    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
         touched.append(event + str(arguments))
         raise PermissionError("no network here")
     if event in ("open", "os.listdir", "os.scandir") and {teacher!r} in str(arguments[0]):

@@ -85,7 +85,9 @@ def show(cache: Path, example: int, positions: str | None, layers: str | None, t
 
 @inspect.command(short_help="Check every file; exit code 3 if one is bad.")
 @click.argument("cache", type=_Folder)
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Shards checked at a time. Default: one a core.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Shards checked at a time. Default: one a core."
+)
 @_as_json
 @click.pass_context
 def verify(context: click.Context, cache: Path, workers: int | None, as_json: bool) -> None:
