@@ -52,10 +52,15 @@ def cache_teacher(config: CacheTeacherConfig) -> None:
       distilllens cache-teacher --teacher big/ --dataset rows.jsonl --layers 8,16,24 \\
           --top-k final=64,lens=32 --output-dir cache/ --dry-run
       distilllens cache-teacher --config cache.yaml --limit 1000
+      distilllens cache-teacher --config cache.yaml --repair
     """
     from distilllens.cache_teacher import run_cache_teacher
+    from distilllens.repair import run_repair
 
-    run_cache_teacher(config)
+    if config.repair:
+        run_repair(config)
+    else:
+        run_cache_teacher(config)
 
 
 @cli.command()

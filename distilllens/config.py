@@ -168,6 +168,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     append: str | None = None
     """Add rows to the finished cache in the output folder: those of FILE (of several: FILE,FILE), after the rows of
     --dataset that it was made from; without FILE, those that --dataset has gained at its end."""
+    repair: bool = False
+    """Check the finished cache in the output folder, and write only what is damaged again."""
     dry_run: bool = False
     """Say how many rows, target positions, bytes and hours it would take, and stop."""
 
@@ -177,6 +179,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
             raise ValueError(f"--device {self.device} and --device-map {self.device_map}: give one of them")
         if self.append is not None and self.overwrite:
             raise ValueError("--append adds to the cache that --overwrite deletes: give one of them")
+        if self.repair and self.overwrite:
+            raise ValueError("--repair keeps the cache that is there, --overwrite removes it: give one of them")
         return self
 
     @property

@@ -12,6 +12,7 @@ from distilllens_cache.order import WINDOW_SHARDS, Order
 from distilllens_cache.plan import plan_shards, share_shards
 from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
+from distilllens_cache.repair import restore_plan
 from distilllens_cache.resume import cut_of
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.spool import Spool
@@ -54,7 +55,8 @@ __all__ = [
     "PlannedExample",
     "Problem",
     "Projection",
-    "ReadAhead | Seat",
+    "ReadAhead",
+    "Seat",
     "ShardRecord",
     "Sketch",
     "SketchRecord",
@@ -72,6 +74,7 @@ __all__ = [
     "parse_tail_spec",
     "plan_shards",
     "require_free",
+    "restore_plan",
     "share_shards",
     "tail_profile",
     "verify_cache",

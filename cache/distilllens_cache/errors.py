@@ -1,6 +1,6 @@
 """The one exception of the cache."""
 
-REPAIR = "Copy the cache again, or run `distilllens cache-teacher` again with the same config to repair it."
+REPAIR = "Copy the cache again, or repair it: `distilllens cache-teacher --repair` with the same config."
 """What to do about a damaged file."""
 
 

@@ -1,7 +1,6 @@
 """What lies in a folder: nothing, a cache to go on with, or something that is not ours."""
 
 import os
-import stat
 from pathlib import Path
 
 from distilllens_cache import atomic, layout
@@ -25,6 +24,15 @@ def check(folder: Path) -> None:
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise CacheError(f"{path} is no ordinary folder, as it is in a cache. Choose another --output-dir.")
+
+
+def require_plan(folder: Path) -> None:
+    """Refuse a finished cache that lost its plan: without it, everything else would be taken for rubbish."""
+    if os.path.lexists(folder / layout.MANIFEST) and not os.path.lexists(folder / layout.PLAN):
+        raise CacheError(
+            f"{folder} has a {layout.MANIFEST} but no {layout.PLAN}; nothing was changed. --repair writes the plan "
+            f"again, --overwrite deletes this cache and starts anew."
+        )
 
 
 def clear(folder: Path, *, temporary_only: bool) -> None:
@@ -56,5 +64,5 @@ def _own_files(folder: Path) -> list[Path]:
     paths = [p for part in ("", layout.SHARDS, layout.SKETCHES) for p in (folder / part).glob("*")]
     own = [path for path in paths if layout.OWN_FILE.fullmatch(path.relative_to(folder).as_posix())]
     own += (folder / layout.TOKENIZER).rglob("*")
-    files = [path for path in own if path.is_symlink() or stat.S_ISREG(path.lstat().st_mode)]
+    files = [path for path in own if path.is_symlink() or path.is_file()]
     return sorted(files, key=lambda path: (path != folder / layout.MANIFEST, path))

@@ -90,6 +90,8 @@ class CacheWriter:
             ),
         )
         folder_state.check(self.folder)
+        if not overwrite:
+            folder_state.require_plan(self.folder)
         if append and not (self.folder / layout.PLAN).exists():
             raise CacheError(f"{self.folder} holds no cache to add examples to: make it first, without --append.")
         atomic.make_folder(self.folder)

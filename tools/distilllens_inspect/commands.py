@@ -114,22 +114,25 @@ def show(
 
 @inspect.command(short_help="Check every file; exit code 3 if one is bad.")
 @click.argument("cache", type=_Folder)
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Shards checked at a time. Default: one a core."
+)
 @_as_json
 @click.pass_context
-def verify(context: click.Context, cache: "Path | CacheFolder", as_json: bool) -> None:
+def verify(context: click.Context, cache: "Path | CacheFolder", workers: int | None, as_json: bool) -> None:
     """Check all of CACHE: digests, schema, meaning, sums, and whether targets and text belong together.
 
-    Ends with exit code 3 and names each bad file when something is wrong.
+    Ends with exit code 3 and names each bad file when something is wrong; `cache-teacher --repair` writes those again.
 
     \b
     Examples:
       distilllens inspect verify cache/
-      distilllens inspect verify cache/ --json
+      distilllens inspect verify cache/ --workers 2 --json
     """
     from distilllens_inspect.console import make_console, print_json
     from distilllens_inspect.verify import check, print_verify, verify_json
 
-    found = check(cache)
+    found = check(cache, workers=workers)
     if as_json:
         print_json(verify_json(found))
     else:

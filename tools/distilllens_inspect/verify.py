@@ -15,12 +15,12 @@ from distilllens_inspect.console import bytes_text
 from distilllens_inspect.text import one_line
 
 
-def check(folder: Path | CacheFolder) -> VerifyReport:
-    """Check every file of a cache, with progress on stderr where that is a terminal."""
+def check(folder: Path | CacheFolder, *, workers: int | None = None) -> VerifyReport:
+    """Check every file of a cache on ``workers`` cores (default: all), with progress on stderr where that is a terminal."""
     if not sys.stderr.isatty():
-        return verify_cache(folder)
+        return verify_cache(folder, workers=workers)
     with _progress() as told:
-        return verify_cache(folder, told)
+        return verify_cache(folder, told, workers=workers)
 
 
 def verify_json(report: VerifyReport) -> dict[str, Any]:

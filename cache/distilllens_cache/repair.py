@@ -1,0 +1,53 @@
+"""What of a damaged cache can be put right from the cache itself: its plan."""
+
+import hashlib
+from itertools import accumulate
+from pathlib import Path
+
+from distilllens_cache import atomic, layout
+from distilllens_cache.cache_folder import open_folder
+from distilllens_cache.errors import CacheError
+from distilllens_cache.files import read_plain
+from distilllens_cache.manifest import Manifest, Plan, PlannedShard, from_bytes, to_bytes
+from distilllens_cache.reader import read_manifest
+
+_ANEW = "Pass --overwrite instead of --repair to delete this cache and start anew."
+
+
+def restore_plan(folder: Path) -> bool:
+    """Write a missing or damaged plan again; whether that was necessary.
+
+    The manifest of a finished cache says all that its plan said, and the digest of it. `CacheError` if the
+    manifest is damaged too.
+    """
+    name = f"{layout.MANIFEST} in {folder}"
+    try:
+        found = read_plain(folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
+        from_bytes(Plan, found, name=layout.PLAN)
+    except CacheError as error:
+        found, damage = None, error
+    try:
+        manifest = from_bytes(Manifest, read_manifest(open_folder(folder)), name=name)
+    except CacheError as error:
+        if found is not None:
+            return False
+        raise CacheError(
+            f"{folder} has nothing to be repaired from, since both are damaged: {damage} {error} {_ANEW}"
+        ) from None
+    if found is not None and hashlib.sha256(found).hexdigest() == manifest.plan_sha256:
+        return False
+    stops = list(accumulate(shard.num_examples for shard in manifest.shards))
+    plan = Plan(
+        identity=manifest.identity,
+        index=manifest.index,
+        tokenizer_files=manifest.tokenizer_files,
+        shards=tuple(
+            PlannedShard(name=shard.name, first=stop - shard.num_examples, stop=stop)
+            for shard, stop in zip(manifest.shards, stops, strict=True)
+        ),
+    )
+    data = to_bytes(plan)
+    if hashlib.sha256(data).hexdigest() != manifest.plan_sha256:
+        raise CacheError(f"{name} was not written for the plan that it describes. {_ANEW}")
+    atomic.write_file(folder / layout.PLAN, data)
+    return True

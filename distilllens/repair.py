@@ -1,0 +1,77 @@
+"""Repair a finished cache: check all of it, have the teacher write the damaged shards again, and check once more."""
+
+from pathlib import Path
+
+from distilllens.cache_teacher import run_cache_teacher
+from distilllens.config import CacheTeacherConfig
+from distilllens.console import say
+from distilllens_cache import CacheError, Problem, VerifyReport, restore_plan, verify_cache
+
+State = dict[str, tuple[int, int]]
+"""Inode and time of each file, by name: a file that is written again gets others."""
+
+
+def run_repair(config: CacheTeacherConfig) -> Path:
+    """Write again what is damaged in the finished cache that ``config`` describes, and nothing else; its folder.
+
+    The cache is the one that the same config wrote: a difference is refused and named, as when a run
+    continues. ValueError where there is nothing to repair from, or where something remains wrong.
+    """
+    folder = config.output_dir
+    problems = _check(folder).problems
+    if not problems:
+        print(f"{folder} is sound: nothing to repair")
+        return folder
+    for problem in problems:
+        say(f"Damaged: {_sentence(problem)}")
+    if config.dry_run:
+        print(f"{folder}: {_counted(len(problems), 'problem')}; without --dry-run it would be repaired")
+        return folder
+    before = _state(folder)
+    restore_plan(folder)
+    run_cache_teacher(config.model_copy(update={"repair": False}))
+    after = _state(folder)
+    written = sorted(name for name, state in after.items() if before.get(name) != state and name not in UNCHECKED)
+    remaining = _check(folder).problems
+    print(f"{folder}: {_counted(len(written), 'file')} written again: {', '.join(written) or 'none'}")
+    if remaining:
+        raise ValueError(
+            f"{folder} is still not sound: "
+            + "; ".join(map(_sentence, remaining[:5]))
+            + ". Repair what is named, or write the cache anew with --overwrite."
+        )
+    print(f"{folder} is sound again")
+    return folder
+
+
+UNCHECKED = ("config.resolved.yaml",)
+"""Files beside the cache that a pass writes whenever it ends."""
+
+
+def _check(folder: Path) -> VerifyReport:
+    """The report of a cache that is finished, as far as can be told."""
+    finished, planned = folder / "manifest.json", folder / "plan.json"
+    if not finished.exists() and not planned.exists():
+        raise CacheError(f"--repair: {folder} holds no cache. Without --repair one is written.")
+    say(f"Checking every file of {folder}")
+    report = verify_cache(folder)
+    if any(problem.file == "manifest.json" and " is unfinished" in problem.what for problem in report.problems):
+        num_shards = len(list((folder / "shards").glob("*.json")))
+        raise CacheError(
+            f"--repair: {folder} has {_counted(num_shards, 'finished shard')} and no manifest.json, so it was not "
+            f"finished. Run the same command without --repair: it continues, and writes damaged shards again too."
+        )
+    return report
+
+
+def _state(folder: Path) -> State:
+    files = ((path, path.lstat()) for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (state.st_ino, state.st_mtime_ns) for path, state in files}
+
+
+def _sentence(problem: Problem) -> str:
+    return problem.what if problem.what.startswith(problem.file) else f"{problem.file}: {problem.what}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,143 @@
+"""Caches to do harm to, and all that a writer needs to write one of them again."""
+
+import os
+import random
+import runpy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distilllens_cache import (
+    CachedExample,
+    CacheReader,
+    CacheWriter,
+    Identity,
+    PlannedExample,
+    Projection,
+    Sketch,
+    example_digest,
+    layout,
+)
+from distilllens_cache.files import read_recorded
+from distilllens_cache.sketch_store import read_projection, read_sketch
+from distilllens_cache.tail_sums import decode_tails
+
+Files = dict[str, bytes]
+"""Contents by name."""
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+
+
+@dataclass(frozen=True)
+class Material:
+    """The contents of a finished cache, ready to be replayed to a writer without its teacher."""
+
+    identity: Identity
+    planned: Sequence[PlannedExample]
+    tokenizer_files: dict[str, bytes]
+    shards: Sequence[range]
+    examples: Sequence[CachedExample]
+    tails: Sequence[dict[int, NDArray[np.int64]]]
+    sketches: dict[int, tuple[Sketch, Projection]]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Material":
+        """What the cache in ``folder`` holds."""
+        reader = CacheReader(folder)
+        manifest, identity = reader.manifest, reader.manifest.identity
+        examples = list(reader)
+        stops = np.cumsum([0, *(shard.num_examples for shard in manifest.shards)]).tolist()
+        tails = [
+            decode_tails(
+                read_recorded(folder, shard.tails, max_bytes=layout.MAX_FILE_BYTES),
+                identity,
+                num_targets=shard.num_targets,
+                name=shard.tails.name,
+            )
+            if shard.tails is not None
+            else {}
+            for shard in manifest.shards
+        ]
+        return cls(
+            identity=identity,
+            planned=[
+                PlannedExample(
+                    e.id, example_digest(e.token_ids, e.target_positions), len(e.token_ids), len(e.target_positions)
+                )
+                for e in examples
+            ],
+            tokenizer_files={
+                record.name.removeprefix(f"{layout.TOKENIZER}/"): (folder / record.name).read_bytes()
+                for record in manifest.tokenizer_files
+            },
+            shards=[range(start, stop) for start, stop in zip(stops, stops[1:], strict=False)],
+            examples=examples,
+            tails=tails,
+            sketches={
+                layer: (read_sketch(folder, record, identity), read_projection(folder, record))
+                for layer, record in manifest.sketches.items()
+            },
+        )
+
+    def writer(self, folder: Path, **changes: Any) -> CacheWriter:
+        """A writer of this cache; ``changes`` replace its arguments."""
+        arguments: dict[str, Any] = {
+            "identity": self.identity,
+            "examples": self.planned,
+            "tokenizer_files": self.tokenizer_files,
+            "shards": self.shards,
+        }
+        return CacheWriter(folder, **(arguments | changes))
+
+    def write(self, folder: Path, *, order: random.Random | None = None, stop_after: int | None = None) -> None:
+        """Write what ``folder`` lacks: shards in the order of the plan or a random one, all or the first few."""
+        writer = self.writer(folder)
+        for layer in writer.missing_sketches():
+            writer.write_sketch(layer, *self.sketches[layer])
+        missing = writer.unfinished()
+        if order is not None:
+            order.shuffle(missing)
+        self.write_shards(writer, missing[:stop_after])
+        if stop_after is None:
+            writer.finish()
+
+    def write_shards(self, writer: CacheWriter, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            part = self.shards[number]
+            writer.write_shard(number, self.examples[part.start : part.stop], self.tails[number] or None)
+
+
+def handmade(folder: Path, *, codec: str, size: str = "small") -> Path:
+    """A cache of random targets, in which layers store different things of their tails."""
+    made = runpy.run_path(str(GOLDEN / "make_cache_v1.py"))
+    settings = dict(made["SKETCHED"])
+    if size == "tiny":
+        settings |= {"num_examples": 2, "examples_per_shard": 2, "top_k": {3: 3, 4: 6}, "more": {}}
+        settings |= {"store_tail": {3: "sampled:5", 4: "profile+sketch:5"}}
+    if size == "large":
+        settings |= {"num_examples": 160, "examples_per_shard": 60, "vocab_size": 2000}
+        settings |= {"top_k": {2: 12, 3: 12, 4: 24}}
+    return made["TinyCache"](codec=codec, **settings).write(folder)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its name there; a folder without files counts as nothing."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
+
+
+def put_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """Make ``folder`` hold these files."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder

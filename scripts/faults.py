@@ -1,0 +1,120 @@
+"""The full counts of the fault tests: bits flipped, writers killed, disks filled, files forged.
+
+    python scripts/faults.py --results faults.jsonl                    # all rows: hours on two cores
+    python scripts/faults.py --results faults.jsonl --rows "kill"      # those with "kill" in their name
+    python scripts/faults.py --results faults.jsonl --trials 100       # at most 100 trials of each row
+    python scripts/faults.py --results faults.jsonl --table            # what is there already, as Markdown
+
+A row that --results has with the same count and seed is not run again, so a stopped run continues. One that
+--minutes cut short is.
+Ends with exit code 1 if a cache broke a promise.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), *(str(ROOT / part) for part in ("cache", "tools", "scripts"))]
+
+import numpy
+import pyarrow
+import pydantic
+
+from faultlab.table import ROWS, Bench, Row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines: one for each finished row")
+    parser.add_argument("--rows", default="", help="only rows with this in their name; several after commas")
+    parser.add_argument("--trials", type=int, help="at most so many trials a row (default: the full counts)")
+    parser.add_argument("--minutes", type=float, help="start no trial of a row after so long; what was reached counts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--cache", type=Path, action="append", default=[], help="do it to this finished cache too")
+    parser.add_argument("--scratch", type=Path, help="folder for the harmed copies (default: the system's)")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what --results has")
+    arguments = parser.parse_args()
+    chosen = [row for row in ROWS if any(part in row.name for part in arguments.rows.split(","))]
+    done = {record["row"]: record for record in read(arguments.results)}
+    if not arguments.table:
+        for row in chosen:
+            wanted = {"row": row.name, "asked": limit(row, arguments.trials), "seed": arguments.seed}
+            if wanted.items() | {("cut_short", False)} <= done.get(row.name, {}).items():
+                continue
+            record = wanted | measure(row, wanted["asked"], arguments)
+            done[row.name] = record
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            for fault in record["faults"]:
+                print(fault, file=sys.stderr)
+    found = [done[row.name] for row in chosen if row.name in done]
+    print(table(found))
+    return int(any(record["num_faults"] for record in found))
+
+
+def measure(row: Row, trials: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one row."""
+    started = time.monotonic()
+
+    def tell(number: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{row.name}: {number} of {trials or 'all'}", end="", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        until = started + 60 * (arguments.minutes or math.inf)
+        bench = Bench(Path(scratch), arguments.seed, arguments.workers, arguments.cache, tell, until)
+        tally = row.run(bench, trials)
+    print(f"{row.name}: {tally.trials} trials, {tally.num_faults} faults ({tally})", file=sys.stderr)
+    return {
+        "trials": tally.trials,
+        "cut_short": time.monotonic() > until and tally.trials < (trials or 0),
+        "counts": dict(tally.counts),
+        "num_faults": tally.num_faults,
+        "faults": tally.faults,
+        "slowest": round(tally.slowest, 2),
+        "peak_mb": tally.peak_mb,
+        "seconds": round(time.monotonic() - started),
+        "versions": versions(),
+    }
+
+
+def limit(row: Row, trials: int | None) -> int | None:
+    """How many trials of a row: the full count, or fewer."""
+    return trials if row.trials is None else min(row.trials, trials or row.trials)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished rows; a line that a killed run left half-written is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = ["| fault | trials | seed | broken promises | what came of it |", "|---|---|---|---|---|"]
+    for record in records:
+        counts = sorted(record["counts"].items(), key=lambda one: -one[1])
+        what = ", ".join(f"{number} {name}" for name, number in counts) or "not possible on this machine"
+        lines.append(f"| {record['row']} | {record['trials']} | {record['seed']} | {record['num_faults']} | {what} |")
+    lines += ["", *sorted({record["versions"] for record in records})]
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """What the trials ran with."""
+    parts = [f"Python {platform.python_version()}"]
+    parts += [f"{module.__name__} {module.__version__}" for module in (pyarrow, numpy, pydantic)]
+    return ", ".join(parts) + f", {platform.system()} {platform.machine()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
