@@ -20,6 +20,7 @@ from distilllens.pass_estimate import estimate, folder_size
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheWriter, TailSpec
+from distilllens_inspect.card import CARD, write_card
 
 
 def run_cache_teacher(config: CacheTeacherConfig) -> Path:
@@ -48,6 +49,8 @@ def write_cache(plan: Plan) -> Path:
         overwrite=config.overwrite,
     )
     if writer.finished:
+        if not (folder / CARD).exists():
+            _write_card(config)
         print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
         return folder
     _require_determinism(plan)
@@ -70,6 +73,7 @@ def write_cache(plan: Plan) -> Path:
             writer.write_shard(number, cached, tails or None)
     writer.finish()
     save_config(config, folder / "config.resolved.yaml")
+    _write_card(config)
     seconds = max(time.monotonic() - started, 1e-9)
     targets = sum(example.num_targets for example in rows)
     print(
@@ -77,6 +81,12 @@ def write_cache(plan: Plan) -> Path:
         f"{decimal(folder_size(folder))}; {num_tokens / seconds:.0f} tokens/s"
     )
     return folder
+
+
+def _write_card(config: CacheTeacherConfig) -> None:
+    """The dataset card beside the cache, of which it is no part: readers and `inspect verify` never open it."""
+    if not write_card(config.output_dir, license_name=config.license):
+        say(f"{config.output_dir / CARD} was written by somebody else and is left alone; `inspect card` prints ours")
 
 
 def _calibrated(plan: Plan, writer: CacheWriter) -> TeacherPass:

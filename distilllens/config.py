@@ -1,7 +1,7 @@
 """The runs as frozen models: one YAML file or one command line gives one of these, and nothing else is read."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -54,6 +54,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    OTHER_NAMES: ClassVar[dict[str, str]] = {}
+    """Further names of keys, in files and as flags -> the key."""
+
 
 class DatasetConfig(RunConfig):
     """Which rows, and how they become tokens."""
@@ -105,6 +108,8 @@ class ModelConfig(RunConfig):
 class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """One pass of a teacher over a dataset."""
 
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"max_k": "top_k"}
+
     teacher: str
     """Teacher: model folder, PEFT adapter folder, .gguf file, or hub id."""
     revision: str | None = None
@@ -119,7 +124,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     lens_norm: Literal["final", "none"] = "final"
     """final: the model's final norm before the head, at every layer. none: the head alone at the lens layers."""
     top_k: Spec = "128"
-    """Most likely tokens stored per target, at most: one number, or final=K,lens=K."""
+    """Most likely tokens stored per target, at most: one number, or final=K,lens=K. Also called --max-k."""
     min_prob: Spec = "0.001"
     """Tokens less likely than this are left to the rest: one number, or final=P,lens=P."""
     top_p: Spec = "1"
@@ -142,6 +147,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Most examples in one shard; the shard is the unit of commit and of resume."""
     seed: int = 0
     """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
+    license: str | None = None
+    """License to name in the dataset card beside the cache, such as apache-2.0."""
     output_dir: Path
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
@@ -361,7 +368,8 @@ def load_config(model: type[AnyConfig], *, file: Path | None, flags: dict[str, A
         if not isinstance(loaded, dict | None):
             raise ValueError(f"{file} holds a {type(loaded).__name__}, not keys with values")
         values = {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
-    values |= flags
+        values = _by_first_name(model, values, str(file))
+    values |= _by_first_name(model, flags, "the command line")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -369,6 +377,21 @@ def load_config(model: type[AnyConfig], *, file: Path | None, flags: dict[str, A
         if file is not None and flags:
             source = f"{file} with the command line"
         raise ValueError(_sentences(error, source)) from None
+
+
+def _by_first_name(model: type[RunConfig], values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Other names of keys replaced by the keys. ValueError where both are given and say different things."""
+    found = {name: value for name, value in values.items() if name not in model.OTHER_NAMES}
+    for other, name in model.OTHER_NAMES.items():
+        if other not in values:
+            continue
+        if name in found and _text(found[name]) != _text(values[other]):
+            raise ValueError(
+                f"{source} has {name} {_text(found[name])} and {other} {_text(values[other])}, which are two names of "
+                f"one setting: keep one of them"
+            )
+        found[name] = values[other]
+    return found
 
 
 def _sentences(error: ValidationError, source: str) -> str:

@@ -27,6 +27,9 @@ def run_options(
         flagged: Callable[..., Any] = with_config
         for name, field in reversed(_own_first(model)):
             flagged = _option(name, field, names.get(name, f"--{name.replace('_', '-')}"))(flagged)
+        for other, name in model.OTHER_NAMES.items():
+            flag = f"--{other.replace('_', '-')}"
+            flagged = click.option(flag, other, default=None, hidden=True, help=f"Another name of {name}.")(flagged)
         path, text = click.Path(path_type=Path), "YAML file with these keys; flags win."
         return click.option(config_flag, "config_path", type=path, metavar="FILE", help=text)(flagged)
 

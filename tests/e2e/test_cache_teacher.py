@@ -138,6 +138,23 @@ def test_a_finished_cache_is_left_as_it_is(tiny_model_folder, rows, tmp_path, ca
     assert contents(tmp_path / "cache") == before
 
 
+def test_a_card_lies_beside_the_finished_cache_and_one_that_somebody_wrote_is_kept(
+    tiny_model_folder, rows, tmp_path
+) -> None:
+    teacher, card = tiny_model_folder("llama"), tmp_path / "cache" / "README.md"
+    reader = cache(teacher, rows, tmp_path / "cache", limit=3, license="mit")
+    assert reader.digest in card.read_text()
+    assert "license: mit" in card.read_text()
+    card.unlink()
+    cache(teacher, rows, tmp_path / "cache", limit=3)
+    assert reader.digest in card.read_text()
+    anew = cache(teacher, rows, tmp_path / "cache", limit=2, overwrite=True)
+    assert anew.digest in card.read_text()
+    card.write_text("Mine.")
+    cache(teacher, rows, tmp_path / "cache", limit=3, overwrite=True)
+    assert card.read_text() == "Mine."
+
+
 def test_another_teacher_is_refused_on_resume_and_nothing_is_lost(tiny_model_folder, rows, tmp_path) -> None:
     cache(tiny_model_folder("llama"), rows, tmp_path / "cache")
     before = contents(tmp_path / "cache")
