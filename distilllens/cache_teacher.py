@@ -1,6 +1,5 @@
 """Run the teacher once over a dataset: rows -> teacher -> lens -> sparse targets -> shards -> manifest."""
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +15,15 @@ from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
 from distilllens.engine import is_distributed
-from distilllens.pass_estimate import estimate, folder_size
+from distilllens.free_space import folder_size, space_for
+from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheWriter, TailSpec
 from distilllens_inspect.card import CARD, write_card
+
+DOUBT = 3
+"""Times that a cache may be larger than its settings alone suggest."""
 
 
 def run_cache_teacher(config: CacheTeacherConfig) -> Path:
@@ -31,7 +34,9 @@ def run_cache_teacher(config: CacheTeacherConfig) -> Path:
         plan = open_plan(config, Path(scratch) / "tokenizer")
         say(plan.examples.report())
         if config.dry_run:
-            print(estimate(plan))
+            found, space = estimate(plan), space_for(config.output_dir)
+            print(describe(plan, found, space), flush=True)
+            space.require(found.num_bytes)
             return config.output_dir
         return write_cache(plan)
 
@@ -102,17 +107,10 @@ def _calibrated(plan: Plan, writer: CacheWriter) -> TeacherPass:
 
 
 def _require_space(plan: Plan) -> None:
-    needed = plan.examples.num_targets * bytes_per_target(plan.identity)
-    parent = plan.config.output_dir.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    existing = folder_size(plan.config.output_dir) if plan.config.output_dir.is_dir() else 0
-    free = shutil.disk_usage(parent).free
-    if needed > free + existing:
-        raise ValueError(
-            f"the cache needs about {decimal(int(needed))} and {parent} has {decimal(free)} free: give another "
-            f"--output-dir, a smaller --top-k, fewer --layers or a --limit"
-        )
+    """`NoSpaceError` if the cache cannot fit. A sample is measured only where the settings alone leave a doubt."""
+    space = space_for(plan.config.output_dir)
+    if not space.fits(DOUBT * plan.examples.num_targets * bytes_per_target(plan.identity)):
+        space.require(estimate(plan).num_bytes)
 
 
 def _require_determinism(plan: Plan) -> None:

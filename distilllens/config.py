@@ -154,7 +154,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     overwrite: bool = False
     """Remove the cache that is in the output folder and begin anew."""
     dry_run: bool = False
-    """Say how many rows, target positions, bytes and hours it would take, and stop."""
+    """Say how many rows, target positions, bytes and hours it would take, from when on it pays, and stop. Exit code 3
+    means that the disk has no room for it, with or without this flag."""
 
 
 class NewStudentConfig(RunConfig):
