@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distilllens.cache_teacher import write_cache
+from distilllens.cache_teacher import run_cache_teacher
 from distilllens.config import CacheTeacherConfig
 from distilllens.data import Example, make_example
 from distilllens.free_space import NoSpaceError, Space, folder_size, space_for
@@ -128,7 +128,7 @@ def test_bytes_extrapolated_from_eight_examples_are_within_15_percent(plan_of, s
     sample = choose_sample(plan.examples.examples, 8)
     found = extrapolate(plan, measure_sample(plan, sample))
     assert len(sample) <= 8 < len(plan.examples.examples)
-    folder = write_cache(plan)
+    folder = run_cache_teacher(plan.config)
     beside = sum((folder / name).stat().st_size for name in ("README.md", "config.resolved.yaml"))
     truth = folder_size(folder) - beside
     assert found.num_bytes == pytest.approx(truth, rel=0.15)
