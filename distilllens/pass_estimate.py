@@ -85,7 +85,7 @@ def extrapolate(plan: Plan, sample: Sample) -> Estimate:
         + TOKEN_BYTES * tokens
         + headers * len(plan.shards)
         + INDEX_BYTES * len(examples)
-        + _tail_sum_bytes(sample, identity, targets=targets, num_shards=len(plan.shards))
+        + tail_sum_bytes(sample, identity, targets=targets, num_shards=len(plan.shards))
     )
     return Estimate(
         num_bytes=round(size),
@@ -96,7 +96,7 @@ def extrapolate(plan: Plan, sample: Sample) -> Estimate:
     )
 
 
-def _tail_sum_bytes(sample: Sample, identity: Identity, *, targets: int, num_shards: int) -> int:
+def tail_sum_bytes(sample: Sample, identity: Identity, *, targets: int, num_shards: int) -> int:
     """Bytes of the tail sums of every shard and of the cache: larger sums have more digits, and compress less."""
     if not sample.tail_sums:
         return 0
@@ -141,8 +141,8 @@ def _break_even(found: Estimate) -> str:
     students = math.ceil(epochs / EPOCHS)
     cost = found.pass_seconds / found.forward_seconds
     return (
-        f"{_count(epochs, 'epoch')} of training in all, {_count(students, 'student')} of {EPOCHS:g} epochs "
-        f"(the pass costs {cost:.1f} bare forward passes of the teacher; online, every epoch costs one)"
+        f"from {_count(epochs, 'epoch')} on, {_count(students, 'student')} of {EPOCHS:g} "
+        f"(the pass costs {cost:.1f} bare forward passes, the teacher online one an epoch)"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilllens_cache import CachedExample, CacheReader, CacheWriter, Identity, LayerTargets, PlannedExample
@@ -40,6 +40,7 @@ def jsd(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return ((p * np.log(p / m)).sum(-1) + (q * np.log(q / m)).sum(-1)) / 2
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, VOCABULARY - 1), st.integers(1, VOCABULARY - 1))
 def test_the_jsd_of_sparse_rows_never_exceeds_the_dense_one_and_is_symmetric(seed: int, k: int, other: int) -> None:
     p, q = dense_rows(seed), dense_rows(seed + 1)
@@ -50,6 +51,7 @@ def test_the_jsd_of_sparse_rows_never_exceeds_the_dense_one_and_is_symmetric(see
     np.testing.assert_allclose(found, compare_rows(b, a).jsd, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_with_every_id_kept_the_jsd_is_the_dense_one(seed: int) -> None:
     p, q = dense_rows(seed), dense_rows(seed + 1)
