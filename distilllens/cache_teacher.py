@@ -1,7 +1,6 @@
 """Run the teacher once over a dataset: rows -> teacher -> lens -> sparse targets -> shards -> manifest."""
 
 import hashlib
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
-from distilllens.pass_estimate import estimate, folder_size
+from distilllens.free_space import folder_size, space_for
+from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
+from distilllens_inspect.card import CARD, write_card
+
+DOUBT = 3
+"""Times that a cache may be larger than its settings alone suggest."""
 
 
 def run_cache_teacher(config: CacheTeacherConfig) -> Path:
@@ -33,7 +37,9 @@ def run_cache_teacher(config: CacheTeacherConfig) -> Path:
         say(plan.examples.report())
         if config.dry_run:
             if ranks.is_main:
-                print(estimate(plan))
+                found, space = estimate(plan), space_for(config.output_dir)
+                print(describe(plan, found, space), flush=True)
+                space.require(found.num_bytes)
             return config.output_dir
         return write_cache(plan, ranks)
 
@@ -54,6 +60,8 @@ def write_cache(plan: Plan, ranks: Ranks) -> Path:
     ) as writer:
         if writer.finished:
             if ranks.is_main:
+                if not (folder / CARD).exists():
+                    _write_card(config)
                 print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
             return folder
         _require_determinism(plan)
@@ -62,6 +70,7 @@ def write_cache(plan: Plan, ranks: Ranks) -> Path:
         seconds = max(time.monotonic() - started, 1e-9)
     if ranks.is_main:
         save_config(config, folder / "config.resolved.yaml")
+        _write_card(config)
         print(
             f"{folder}: {len(plan.examples.examples)} examples, {plan.examples.num_targets} target positions, "
             f"{len(plan.identity.layers)} layers, {decimal(folder_size(folder))}; {num_tokens / seconds:.0f} tokens/s"
@@ -97,6 +106,12 @@ def _write_shards(plan: Plan, writer: CacheWriter, ranks: Ranks) -> int:
     return sum(num_tokens.values())
 
 
+def _write_card(config: CacheTeacherConfig) -> None:
+    """The dataset card beside the cache, of which it is no part: readers and `inspect verify` never open it."""
+    if not write_card(config.output_dir, license_name=config.license):
+        say(f"{config.output_dir / CARD} was written by somebody else and is left alone; `inspect card` prints ours")
+
+
 def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
     """The teacher with what encodes the sketches of its cache, which are fitted first where they are missing."""
     if not ranks.is_main:
@@ -117,17 +132,10 @@ def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
 
 
 def _require_space(plan: Plan) -> None:
-    needed = plan.examples.num_targets * bytes_per_target(plan.identity)
-    parent = plan.config.output_dir.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    existing = folder_size(plan.config.output_dir) if plan.config.output_dir.is_dir() else 0
-    free = shutil.disk_usage(parent).free
-    if needed > free + existing:
-        raise ValueError(
-            f"the cache needs about {decimal(int(needed))} and {parent} has {decimal(free)} free: give another "
-            f"--output-dir, a smaller --top-k, fewer --layers or a --limit"
-        )
+    """`NoSpaceError` if the cache cannot fit. A sample is measured only where the settings alone leave a doubt."""
+    space = space_for(plan.config.output_dir)
+    if not space.fits(DOUBT * plan.examples.num_targets * bytes_per_target(plan.identity)):
+        space.require(estimate(plan).num_bytes)
 
 
 def _require_determinism(plan: Plan) -> None:

@@ -16,8 +16,9 @@ from distilllens.config import (
     NewStudentConfig,
     TrainConfig,
 )
+from distilllens.free_space import NoSpaceError
 from distilllens.options import run_options
-from distilllens_inspect.commands import inspect
+from distilllens_inspect.commands import CHECK_FAILED, inspect
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, with the state saved."""
@@ -177,7 +178,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         return INTERRUPTED
     except (ValueError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
-        return 1
+        return CHECK_FAILED if isinstance(error, NoSpaceError) else 1
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise

@@ -2,37 +2,37 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from distilllens.by_layer import parse_tail_choices
 from distilllens.device_map import parse_device_map
 from distilllens.divergence_spec import parse_divergence
 from distilllens.locations import LocalOutput, Location, SpoolConfig
+from distilllens.run_config import (
+    Fraction,
+    Integers,
+    PositiveInt,
+    RunConfig,
+    Spec,
+    load_config,
+    save_config,
+    split_text,
+)
 
-
-def _split(value: Any) -> Any:
-    """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return (value,) if isinstance(value, int) else value
-
-
-def _text(value: Any) -> Any:
-    """``top_k: 64`` and ``layers: [4, 8]`` in YAML are the texts ``"64"`` and ``"4,8"`` of a command line."""
-    if isinstance(value, list | tuple):
-        return ",".join(str(part) for part in value)
-    if isinstance(value, dict):
-        return ",".join(f"{key}={part}" for key, part in value.items())
-    return str(value) if isinstance(value, int | float) else value
-
-
-Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
-Spec = Annotated[str, BeforeValidator(_text)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = [
+    "CacheTeacherConfig",
+    "DatasetConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "NewStudentConfig",
+    "RunConfig",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+]
 
 
 def _tail(text: str | None) -> str | None:
@@ -63,12 +63,6 @@ def _task(text: str) -> str:
 
 APPEND_DATASET = "dataset"
 """What ``--append`` means where it names no file: the dataset itself has grown."""
-
-
-class RunConfig(BaseModel):
-    """What every run shares: frozen, unknown keys refused, the text below a field is the help of its flag."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class DatasetConfig(RunConfig):
@@ -121,6 +115,8 @@ class ModelConfig(RunConfig):
 class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """One pass of a teacher over a dataset."""
 
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"max_k": "top_k"}
+
     teacher: str
     """Teacher: model folder, PEFT adapter folder, .gguf file, or hub id."""
     revision: str | None = None
@@ -138,7 +134,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     lens_norm: Literal["final", "none"] = "final"
     """final: the model's final norm before the head, at every layer. none: the head alone at the lens layers."""
     top_k: Spec = "128"
-    """Most likely tokens stored per target, at most: one number, or final=K,lens=K."""
+    """Most likely tokens stored per target, at most: one number, or final=K,lens=K. Also called --max-k."""
     min_prob: Spec = "0.001"
     """Tokens less likely than this are left to the rest: one number, or final=P,lens=P."""
     top_p: Spec = "1"
@@ -161,6 +157,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Most examples in one shard; the shard is the unit of commit and of resume."""
     seed: int = 0
     """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
+    license: str | None = None
+    """License to name in the dataset card beside the cache, such as apache-2.0."""
     output_dir: LocalOutput
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
@@ -171,7 +169,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     repair: bool = False
     """Check the finished cache in the output folder, and write only what is damaged again."""
     dry_run: bool = False
-    """Say how many rows, target positions, bytes and hours it would take, and stop."""
+    """Say how many rows, target positions, bytes and hours it would take, from when on it pays, and stop. Exit code 3
+    means that the disk has no room for it, with or without this flag."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "CacheTeacherConfig":
@@ -321,7 +320,7 @@ class TrainConfig(DatasetConfig, SpoolConfig):
 class EvaluateConfig(DatasetConfig, ModelConfig, SpoolConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
-    model: Annotated[tuple[str, ...], BeforeValidator(_split)]
+    model: Annotated[tuple[str, ...], BeforeValidator(split_text)]
     """Model folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
     revision: str | None = None
     """Revision of a model on the hub."""
@@ -380,49 +379,3 @@ class DemoConfig(RunConfig):
     """Rows of Python documentation to distil on."""
     num_valid_rows: PositiveInt = 48
     """Rows held out."""
-
-
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
-
-
-def load_config(model: type[AnyConfig], *, file: Path | None, flags: dict[str, Any]) -> AnyConfig:
-    """The run that ``file`` (YAML) and ``flags`` describe; flags win.
-
-    Raises ValueError with one line per mistake, named by key.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file: --config takes a YAML file with the keys of this command")
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid YAML: {error}") from None
-        if not isinstance(loaded, dict | None):
-            raise ValueError(f"{file} holds a {type(loaded).__name__}, not keys with values")
-        values = {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
-    values |= flags
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        source = str(file) if file is not None and not flags else "the command line"
-        if file is not None and flags:
-            source = f"{file} with the command line"
-        raise ValueError(_sentences(error, source)) from None
-
-
-def _sentences(error: ValidationError, source: str) -> str:
-    mistakes = []
-    for detail in error.errors():
-        name = ".".join(str(part) for part in detail["loc"]) or "together"
-        message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "missing":
-            message = f"is required: give --{name.replace('_', '-')}"
-        mistakes.append(f"  {name}: {message}")
-    noun = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    return f"{source} has {noun}:\n" + "\n".join(mistakes)
-
-
-def save_config(config: RunConfig, file: Path) -> None:
-    """Write the resolved run as YAML beside its output."""
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

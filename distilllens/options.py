@@ -9,7 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from distilllens.config import APPEND_DATASET, AnyConfig, RunConfig, load_config
+from distilllens.config import APPEND_DATASET
+from distilllens.run_config import AnyConfig, RunConfig, load_config
 
 BARE = {"resume_from_checkpoint": ("latest", "[FOLDER]"), "append": (APPEND_DATASET, "[FILE]")}
 """Flags that need no value: what they mean without one, and how help shows them."""
@@ -30,6 +31,9 @@ def run_options(
         flagged: Callable[..., Any] = with_config
         for name, field in reversed(_own_first(model)):
             flagged = _option(name, field, names.get(name, f"--{name.replace('_', '-')}"))(flagged)
+        for other, name in model.OTHER_NAMES.items():
+            flag = f"--{other.replace('_', '-')}"
+            flagged = click.option(flag, other, default=None, hidden=True, help=f"Another name of {name}.")(flagged)
         path, text = click.Path(path_type=Path), "YAML file with these keys; flags win."
         return click.option(config_flag, "config_path", type=path, metavar="FILE", help=text)(flagged)
 

@@ -1,81 +1,156 @@
-"""What a teacher pass would take, before it is paid for: rows, bytes, time."""
+"""What a teacher pass would take, before it is paid for: rows, bytes, hours, and when it pays."""
 
-import tempfile
-import time
-from contextlib import suppress
-from pathlib import Path
+import math
+from dataclasses import dataclass
 
+import numpy as np
 from rich.filesize import decimal
 
-from distilllens.calibration import write_sketches
-from distilllens.pass_plan import Plan, planned
-from distilllens_cache import CacheWriter
+from distilllens.config import TrainConfig
+from distilllens.free_space import Space
+from distilllens.pass_plan import Plan
+from distilllens.pass_sample import Sample, padded_tokens, run_sample
+from distilllens_cache import Identity
+from distilllens_cache.tail_sums import encode_tails
 
 INDEX_BYTES = 45
 """Bytes of one example in the cache's index: mostly its digest, which doesn't compress."""
-SAMPLE_EXAMPLES = 8
-"""Examples that --dry-run runs through the teacher to extrapolate time and bytes."""
+TOKEN_BYTES = 1.5
+"""Bytes of a token in a shard: its id, and its share of the target positions."""
+EPOCHS = float(TrainConfig.model_fields["num_train_epochs"].default)
+"""Epochs of one student, where the break-even is told in students."""
 
 
-def estimate(plan: Plan) -> str:
-    """What the pass would take, extrapolated from one small timed batch through the real codec."""
-    examples = plan.examples.examples
-    # Spread over the lengths, so that the sample looks like the whole.
-    by_length = sorted(range(len(examples)), key=lambda index: (examples[index].num_tokens, index))
-    stride = max(1, len(examples) // SAMPLE_EXAMPLES)
-    sample = [examples[index] for index in sorted(by_length[stride // 2 :: stride][:SAMPLE_EXAMPLES])]
+@dataclass(frozen=True)
+class Estimate:
+    """What a whole pass would take, extrapolated from a sample."""
+
+    num_bytes: int
+    """Of the finished cache."""
+    bytes_per_target: float
+    """Of what is stored of one target position at all layers."""
+    pass_seconds: float
+    """Of the pass: calibration, forward, lens, encoding and writing."""
+    forward_seconds: float
+    """Of one bare forward pass of the teacher over all rows."""
+    read_seconds: float
+    """Of reading the cache once."""
+
+    @property
+    def break_even_epochs(self) -> int | None:
+        """Epochs of training, of all students together, from which on the cache is cheaper than the teacher online.
+
+        The cache costs ``pass_seconds`` once and ``read_seconds`` in each epoch; the teacher online costs
+        ``forward_seconds`` in each epoch of each student, so it is the least whole n >= 1 with
+        ``pass + n * read <= n * forward``, or None if reading takes as long as the teacher. That favours
+        online distillation: the forward pass is the bare one, with the last layer's logits at target positions only,
+        while online a loss at lens layers also pays the products with the vocabulary there, and the teacher takes
+        memory beside the student. All times are of one machine; loading the teacher is not in any.
+        """
+        saved = self.forward_seconds - self.read_seconds
+        return max(1, math.ceil(self.pass_seconds / saved)) if saved > 0 else None
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Run a sample through the real codec and extrapolate; nothing is written outside a temporary folder."""
+    return extrapolate(plan, run_sample(plan))
+
+
+def extrapolate(plan: Plan, sample: Sample) -> Estimate:
+    """What the whole pass takes if its target positions and tokens are like those of the sample.
+
+    The teacher's part grows with the tokens, padding included; lens, top-k, codec and disk with the targets. Tail sums
+    have a size of their own for every shard: it is that of the sample's sums, scaled to the shard's targets.
+    """
+    examples, identity = plan.examples.examples, plan.identity
+    targets, tokens = plan.examples.num_targets, sum(example.num_tokens for example in examples)
+    more_targets = targets / sample.num_targets
     budget = plan.config.batch_tokens
-    with tempfile.TemporaryDirectory() as scratch:
-        writer = CacheWriter(
-            Path(scratch) / "sample",
-            identity=plan.identity,
-            examples=planned(sample),
-            tokenizer_files=plan.tokenizer_files,
-            shards=[range(len(sample))],
-        )
-        # A sketch fitted to the sample has the size of the real one.
-        teacher = write_sketches(plan.teacher, writer, sample, batch_tokens=budget)
-        teacher.run(sample[:1], first_index=0, batch_tokens=budget)  # warm
-        started = time.perf_counter()
-        cached, tails = teacher.run(sample, first_index=0, batch_tokens=budget)
-        seconds = time.perf_counter() - started
-        writer.write_shard(0, cached, tails or None)
-        folder = Path(scratch) / "sample"
-        of_tails = sum(file.stat().st_size for file in folder.glob("shards/*.tails.arrow"))
-        of_targets = sum(file.stat().st_size for file in folder.glob("shards/*.arrow")) - of_tails
-        of_plan = folder_size(folder) - of_targets - of_tails
-    sampled = sum(example.num_targets for example in sample)
-    targets = sum(example.num_targets for example in examples)
+    padded = sum(
+        padded_tokens([examples[place].num_tokens for place in shard], token_budget=budget) for shard in plan.shards
+    )
+    forward = sample.forward_seconds * padded / sample.padded_tokens
+    of_lens = max(0.0, sample.pass_seconds - sample.forward_seconds)
+    calibrated = min(identity.calibration_targets, targets) / sample.num_targets
+    seconds = (
+        forward
+        + (of_lens + sample.write_seconds) * more_targets
+        + sample.calibration_seconds * calibrated
+        + sample.fit_seconds
+    )
+    headers = max(0.0, sample.header_bytes - TOKEN_BYTES * sample.num_tokens)
+    size = (
+        sample.fixed_bytes
+        + sample.target_bytes * more_targets
+        + TOKEN_BYTES * tokens
+        + headers * len(plan.shards)
+        + INDEX_BYTES * len(examples)
+        + tail_sum_bytes(sample, identity, targets=targets, num_shards=len(plan.shards))
+    )
+    return Estimate(
+        num_bytes=round(size),
+        bytes_per_target=sample.target_bytes / sample.num_targets,
+        pass_seconds=seconds,
+        forward_seconds=forward,
+        read_seconds=sample.read_seconds * more_targets,
+    )
+
+
+def tail_sum_bytes(sample: Sample, identity: Identity, *, targets: int, num_shards: int) -> int:
+    """Bytes of the tail sums of every shard and of the cache: larger sums have more digits, and compress less."""
+    if not sample.tail_sums:
+        return 0
+    random = np.random.Generator(np.random.Philox(key=[0, 0]))
+
+    def size(num_targets: int) -> int:
+        factor = max(1.0, num_targets / sample.num_targets)
+        # Below a factor of whole numbers the scaled sums would have digits that are too regular.
+        sums = {
+            layer: (values * factor + random.uniform(0, factor - 1, values.shape)).astype(np.int64)
+            for layer, values in sample.tail_sums.items()
+        }
+        return encode_tails(sums, identity, num_targets=max(targets, sample.num_targets), name="tail sums").nbytes
+
+    return size(targets) + num_shards * size(-(-targets // num_shards))
+
+
+def describe(plan: Plan, found: Estimate, space: Space) -> str:
+    """The estimate for people, a fact a line."""
+    examples, layers = plan.examples.examples, plan.identity.layers
     tokens = sum(example.num_tokens for example in examples)
-    calibration = plan.identity.calibration_targets / targets
-    seconds *= tokens / sum(example.num_tokens for example in sample) * (1 + min(1.0, calibration))
-    per_target = of_targets / sampled
-    # Every shard has tail sums, and the cache has their total.
-    of_index = INDEX_BYTES * (len(examples) - len(sample))
-    size = per_target * targets + of_tails * (len(plan.shards) + 1) + of_plan + of_index
-    layers = plan.identity.layers
+    there = f", {decimal(space.present)} there already" if space.present else ""
+    fits = "" if space.fits(found.num_bytes) else ": it does not fit"
     facts = {
         "rows": f"{len(examples)} of {plan.examples.num_rows}",
         "tokens": f"{tokens}",
-        "target positions": f"{targets}",
+        "target positions": f"{plan.examples.num_targets}",
         "layers": ", ".join(map(str, layers)),
         "shards": f"{len(plan.shards)}",
-        "bytes": f"about {decimal(int(size))} ({per_target / len(layers):.0f} per target and layer)",
-        "time": f"about {_duration(seconds)} on this machine ({tokens / seconds:.0f} tokens/s)",
+        "bytes": f"about {decimal(found.num_bytes)} ({found.bytes_per_target / len(layers):.0f} per target and layer)",
+        "free space": f"{decimal(space.free)} in {space.parent}{there}{fits}",
+        "time": f"about {_duration(found.pass_seconds)} on this machine ({tokens / found.pass_seconds:.0f} tokens/s)",
+        "break-even": _break_even(found),
     }
     return "\n".join(f"{name:<19}{value}" for name, value in facts.items())
+
+
+def _break_even(found: Estimate) -> str:
+    epochs = found.break_even_epochs
+    if epochs is None:
+        return "never on this machine: reading the cache takes as long as the teacher's forward pass"
+    students = math.ceil(epochs / EPOCHS)
+    cost = found.pass_seconds / found.forward_seconds
+    return (
+        f"from {_count(epochs, 'epoch')} on, {_count(students, 'student')} of {EPOCHS:g} "
+        f"(the pass costs {cost:.1f} bare forward passes, the teacher online one an epoch)"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder, in which other ranks may be at work."""
-    size = 0
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            size += file.stat().st_size if file.is_file() else 0
-    return size

@@ -81,6 +81,18 @@ class TeacherPass:
         ]
         return cached, sums
 
+    @torch.inference_mode()
+    def forward(self, examples: Sequence[Example], *, batch_tokens: int) -> None:
+        """Run the bare teacher, the least that distilling from it online costs: nothing is kept.
+
+        Only the last layer is read, and its logits are computed at target positions only.
+        """
+        layer = self.lens.num_layers
+        for members in pack_by_length([example.num_tokens for example in examples], token_budget=batch_tokens):
+            rows = self._hidden_rows([examples[member] for member in members], (layer,))[layer]
+            for part in rows.split(LOGIT_ROWS):
+                self.lens.head(self.lens.normed(part, layer))
+
     def read(
         self, examples: Sequence[Example], layers: tuple[int, ...], *, batch_tokens: int
     ) -> Iterator[tuple[int, Tensor, SparseTargets, Tensor]]:

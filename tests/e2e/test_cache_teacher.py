@@ -1,6 +1,8 @@
 """The teacher's pass on tiny models: what is cached is what the teacher says, whatever happens on the way."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distilllens.cache_teacher import run_cache_teacher
+from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig
 from distilllens.lens import decoder_of, final_norm_of
 from distilllens_cache import CacheError, CacheReader, CacheWriter, verify_cache
@@ -138,6 +141,23 @@ def test_a_finished_cache_is_left_as_it_is(tiny_model_folder, rows, tmp_path, ca
     assert contents(tmp_path / "cache") == before
 
 
+def test_a_card_lies_beside_the_finished_cache_and_one_that_somebody_wrote_is_kept(
+    tiny_model_folder, rows, tmp_path
+) -> None:
+    teacher, card = tiny_model_folder("llama"), tmp_path / "cache" / "README.md"
+    reader = cache(teacher, rows, tmp_path / "cache", limit=3, license="mit")
+    assert reader.digest in card.read_text()
+    assert "license: mit" in card.read_text()
+    card.unlink()
+    cache(teacher, rows, tmp_path / "cache", limit=3)
+    assert reader.digest in card.read_text()
+    anew = cache(teacher, rows, tmp_path / "cache", limit=2, overwrite=True)
+    assert anew.digest in card.read_text()
+    card.write_text("Mine.")
+    cache(teacher, rows, tmp_path / "cache", limit=3, overwrite=True)
+    assert card.read_text() == "Mine."
+
+
 def test_another_teacher_is_refused_on_resume_and_nothing_is_lost(tiny_model_folder, rows, tmp_path) -> None:
     cache(tiny_model_folder("llama"), rows, tmp_path / "cache")
     before = contents(tmp_path / "cache")
@@ -158,6 +178,40 @@ def test_the_cache_verifies_and_an_estimate_writes_nothing(tiny_model_folder, ro
     assert f"target positions   {int(reader.num_targets.sum())}" in printed
     assert "rows               24 of 24" in printed
     assert not verify_cache(tmp_path / "cache").problems
+
+
+def command(teacher: Path, rows: Path, folder: Path, *more: str) -> list[str]:
+    flags = ["--teacher", str(teacher), "--dataset", str(rows), "--output-dir", str(folder), "--device", "cpu"]
+    return ["cache-teacher", *flags, "--layers", "2", "--max-length", "300", "--top-k", "16", *more]
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_cache_that_cannot_fit_is_exit_code_3_and_a_sentence(
+    tiny_model_folder, rows, tmp_path, monkeypatch, capsys, more
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit) as ended:
+        main(command(tiny_model_folder("llama"), rows, tmp_path / "a" / "cache", *more))
+    assert ended.value.code == 3
+    printed = capsys.readouterr()
+    assert f"{tmp_path} has 1.0 kB free" in printed.err
+    assert ("it does not fit" in printed.out) == bool(more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_by_the_measured_size_and_counts_what_the_folder_holds(
+    tiny_model_folder, rows, tmp_path, monkeypatch, capsys
+) -> None:
+    """The settings alone ask for 104 kB, a sample says 73: the run has room in 95 kB, and once it is there in none."""
+    free = {"bytes": 95_000}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as ended:
+            main(command(tiny_model_folder("llama"), rows, tmp_path / "cache", *more))
+        assert ended.value.code == 0
+        free["bytes"] = 0
+    assert CacheReader(tmp_path / "cache").manifest.total_bytes < 95_000
+    assert "there already" in capsys.readouterr().out
 
 
 def test_padded_rows_of_the_head_are_left_out(tiny_model, tiny_tokenizer, rows, tmp_path) -> None:

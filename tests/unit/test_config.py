@@ -73,6 +73,29 @@ def test_lists_in_yaml_and_commas_on_the_command_line_are_one(tmp_path: Path) ->
     assert (config.layers, config.top_k) == ("4,8", "final=8,lens=4")
 
 
+TEACHER = ["--teacher", "t", "--dataset", "d", "--output-dir", "o"]
+
+
+def test_max_k_is_another_name_of_top_k_and_two_different_values_are_refused(tmp_path: Path) -> None:
+    wanted = parse([*TEACHER, "--top-k", "final=8,lens=4"], CacheTeacherConfig)
+    assert parse([*TEACHER, "--max-k", "final=8,lens=4"], CacheTeacherConfig) == wanted
+    file = tmp_path / "run.yaml"
+    file.write_text("teacher: t\ndataset: d\noutput_dir: o\nmax-k: {final: 8, lens: 4}\n")
+    assert parse(["--config", str(file)], CacheTeacherConfig) == wanted
+    both = parse([*TEACHER, "--max-k", "8", "--top-k", "8"], CacheTeacherConfig)
+    assert isinstance(both, CacheTeacherConfig)
+    assert both.top_k == "8"
+    with pytest.raises(ValueError, match="the command line has top_k 8 and max_k 9, which are two names"):
+        parse([*TEACHER, "--max-k", "9", "--top-k", "8"], CacheTeacherConfig)
+    for flag in ("--max-k", "--top-k"):
+        config = parse(["--config", str(file), flag, "9"], CacheTeacherConfig)
+        assert isinstance(config, CacheTeacherConfig)
+        assert config.top_k == "9"
+    file.write_text("teacher: t\ndataset: d\noutput_dir: o\nmax_k: 9\ntop_k: 8\n")
+    with pytest.raises(ValueError, match=r"run\.yaml has top_k 8 and max_k 9"):
+        parse(["--config", str(file)], CacheTeacherConfig)
+
+
 def test_every_mistake_is_named_by_its_key(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("cache: c\nlerning_rate: 1\nkd_ratio: 2\n")

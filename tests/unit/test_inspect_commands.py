@@ -373,7 +373,7 @@ def test_a_full_disk_keeps_the_old_page(cache: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [page]
 
 
-COMMANDS = ["summary", "show", "verify", "report", "export"]
+COMMANDS = ["summary", "show", "verify", "report", "export", "diff", "card"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -381,12 +381,13 @@ def test_the_examples_at_the_end_of_each_help_are_valid_commands(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
+    (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     text = said(run(name, "--help"))
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith("distilllens inspect")]
     assert len(examples) >= 2
     for example in examples:
-        _, _, command, *arguments = shlex.split(example)
+        _, _, command, *arguments = shlex.split(example.partition(" > ")[0])
         assert command == name
         inspect.commands[name].make_context(name, arguments).close()
 

@@ -1,4 +1,4 @@
-"""The commands `inspect summary`, `show`, `verify` and `report`: thin, with imports inside each."""
+"""The commands of `inspect`: thin, with imports inside each."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 3
 """Exit code of a cache that is not sound."""
+DIFFERENT = 1
+"""Exit code of two caches that are not the same, as of diff."""
 
 
 class _CacheFolder(click.Path):
@@ -48,6 +50,7 @@ def inspect(spool_dir: Path | None, spool_bytes: int | None) -> None:
       distilllens inspect verify cache/
       distilllens inspect report cache/ --output report.html
       distilllens inspect --spool-dir /scratch/spool summary s3://bucket/cache
+      distilllens inspect diff cache/ other/
     """
 
 
@@ -180,15 +183,19 @@ def report(
     click.echo(f"Wrote {output} ({bytes_text(size)}). Open it in a browser.")
 
 
-@inspect.command()
+@inspect.command(short_help="Write one Parquet file for other tools.")
 @click.argument("cache", type=_Folder)
-@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Parquet file to write.")
-def export(cache: "Path | CacheFolder", output: Path) -> None:
+@click.option("--to", type=click.Choice(["parquet"]), default="parquet", show_default=True, help="Format of the file.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write.")
+def export(cache: "Path | CacheFolder", to: str, output: Path) -> None:
     """Write CACHE, decoded, as one Parquet file: a row per example, lists of ids and log-probabilities per layer.
+
+    Codes of sketches and draws from the tail are columns too, where the cache stores them. The file opens with
+    datasets.load_dataset("parquet", data_files=FILE).
 
     \b
     Examples:
-      distilllens inspect export cache/ --output cache.parquet
+      distilllens inspect export cache/ --to parquet --output cache.parquet
       distilllens inspect export cache/ --output /data/teacher.parquet
     """
     from distilllens_cache import CacheReader
@@ -198,3 +205,54 @@ def export(cache: "Path | CacheFolder", output: Path) -> None:
     reader = CacheReader(cache)
     size = export_parquet(reader, output)
     click.echo(f"Wrote {output} ({bytes_text(size)}): {len(reader)} examples.")
+
+
+@inspect.command(short_help="Compare two caches; exit code 1 if they differ.")
+@click.argument("a", type=_Folder)
+@click.argument("b", type=_Folder)
+@_as_json
+@click.pass_context
+def diff(context: click.Context, a: Path, b: Path, as_json: bool) -> None:
+    """Compare the caches A and B: the same identity? the same examples? the same targets?
+
+    They may be of two teachers, or of one with other settings. Examples are paired by tokens and target positions,
+    layers by number, last layers with each other. Per layer: how far log-probabilities differ, how many rows keep
+    other ids, and the JSD in nats between the targets. It is computed over the ids that both keep and one bucket for
+    everything else of each side (its rest, and what only it keeps), which makes it a lower bound of the JSD of the
+    whole distributions.
+
+    Ends with exit code 0 if identity, examples, targets and stored tails are the same, 1 if not.
+
+    \b
+    Examples:
+      distilllens inspect diff cache/ other/
+      distilllens inspect diff cache/ other/ --json
+    """
+    from distilllens_cache import CacheReader
+    from distilllens_inspect.console import make_console, print_json
+    from distilllens_inspect.diff import diff_caches, print_diff
+
+    found = diff_caches(CacheReader(a), CacheReader(b))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_diff(found, make_console())
+    if not found.is_same:
+        context.exit(DIFFERENT)
+
+
+@inspect.command(short_help="Print a dataset card for a model hub.")
+@click.argument("cache", type=_Folder)
+@click.option("--license", "license_name", metavar="NAME", help="License to name in it, such as apache-2.0.")
+def card(cache: Path, license_name: str | None) -> None:
+    """Print a dataset card (README.md) of CACHE: what it holds, how to use it, its digests.
+
+    \b
+    Examples:
+      distilllens inspect card cache/
+      distilllens inspect card cache/ --license apache-2.0 > README.md
+    """
+    from distilllens_cache import CacheReader
+    from distilllens_inspect.card import render_card
+
+    click.echo(render_card(CacheReader(cache), license_name=license_name), nl=False)
