@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from distilllens.by_layer import parse_tail_choices
 from distilllens.divergence_spec import parse_divergence
+from distilllens.watch_config import WatchConfig
 
 
 def _split(value: Any) -> Any:
@@ -173,7 +174,7 @@ class NewStudentConfig(RunConfig):
     """Replace the model that is in the output folder."""
 
 
-class TrainConfig(DatasetConfig):
+class TrainConfig(DatasetConfig, WatchConfig):
     """One student trained from a cache."""
 
     student: str
@@ -182,8 +183,6 @@ class TrainConfig(DatasetConfig):
     """Revision of a student on the hub."""
     cache: Path | None = None
     """Teacher cache to train from."""
-    eval_cache: Path | None = None
-    """Teacher cache of held-out rows, scored at the end and every --eval-steps."""
     method: Literal["distilllens", "sft"] = "distilllens"
     """distilllens (needs --cache) or sft (cross-entropy on --dataset, needs no cache)."""
     dataset: str | None = None
@@ -252,14 +251,6 @@ class TrainConfig(DatasetConfig):
     """Attention kernel, by its name in transformers."""
     seed: int = 42
     """Order of the examples and every other random choice."""
-    logging_steps: PositiveInt = 10
-    """Steps between two lines of metrics.jsonl."""
-    eval_steps: PositiveInt | None = None
-    """Steps between two evaluations on --eval-cache; only at the end when not given."""
-    save_steps: PositiveInt = 500
-    """Steps between two checkpoints; the last step is always saved."""
-    save_total_limit: PositiveInt | None = None
-    """Checkpoints kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
     deepspeed: Path | None = None
