@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.collate import Batch, collate
 from distilllens.divergence import sparse_divergence
 from distilllens.lens import rows_at
-from distilllens.student import Pairs, Student
+from distilllens.matching import Matching, match_student
+from distilllens.student import Objective, Pairs, Student
 from distilllens.tails import Tail
 from distilllens_cache import CachedExample, CacheReader
 from distilllens_inspect.readings import read_layer, short
@@ -69,8 +71,33 @@ def sample_lens(
     return [_sample(forward, reader[number], pairs, tails, device) for number in numbers]
 
 
-def write_lens_samples(folder: Path, samples: Sequence[dict[str, Any]], *, step: int, pairs: Pairs) -> None:
-    """Write ``lens_samples.json`` of a run whole or not at all."""
+def sample_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    folder: Path,
+    *,
+    pairs: str | None = None,
+    tail: str | None = None,
+    allow_mismatch: str | None = None,
+) -> None:
+    """Write ``lens_samples.json`` of a loaded model against a cache to ``folder``."""
+    reader = CacheReader(cache)
+    matching = match_student(model, tokenizer, reader, pairs=pairs, tail=tail, allow_mismatch=allow_mismatch)
+    objective = Objective(task="fkl", lens_divergence="jsd", pairs=matching.pairs, lens_weight=1.0, kd_ratio=1.0)
+    student = Student(model, matching.lens, objective).eval()
+    read = with_final(matching)
+    samples = sample_lens(student, reader, pairs=read, tails=matching.tails, device=model.device)
+    write_lens_samples(folder, samples, step=None, pairs=read)
+
+
+def with_final(matching: Matching) -> Pairs:
+    """The pairs of a matching and, last, the final layers."""
+    return (*matching.pairs, (matching.lens.num_layers, matching.final_layer))
+
+
+def write_lens_samples(folder: Path, samples: Sequence[dict[str, Any]], *, step: int | None, pairs: Pairs) -> None:
+    """Write ``lens_samples.json`` whole or not at all."""
     content = {"format_version": FORMAT_VERSION, "step": step, "pairs": [list(pair) for pair in pairs]}
     temporary = folder / f"{FILE}.tmp-{os.getpid()}"
     temporary.write_text(json.dumps(content | {"examples": list(samples)}) + "\n", encoding="utf-8")

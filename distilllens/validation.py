@@ -8,7 +8,7 @@ from distilllens.config import EvaluateConfig
 from distilllens.data import Prompts, load_examples, prompt_and_references
 from distilllens.engine import Engine
 from distilllens.generate import Sampling, check_positions, end_tokens, generate
-from distilllens.lens_samples import sample_lens, write_lens_samples
+from distilllens.lens_samples import sample_lens, with_final, write_lens_samples
 from distilllens.records import ColumnNames
 from distilllens.rouge import RougeL
 from distilllens.student import Pairs
@@ -49,7 +49,7 @@ class Validation:
         """Write the student's lens beside the teacher's, in a few examples, to the run's folder."""
         if self.run.evaluation is None:
             return
-        evaluation, pairs = self.run.evaluation, self._pairs_with_final()
+        evaluation, pairs = self.run.evaluation, with_final(self.run.evaluation.matching)
         engine.train(False)
         samples = sample_lens(
             engine.forward, evaluation.reader, pairs=pairs, tails=evaluation.matching.tails, device=engine.device
@@ -57,11 +57,6 @@ class Validation:
         engine.train(True)
         if engine.is_main:
             write_lens_samples(self.run.config.output_dir, samples, step=step, pairs=pairs)
-
-    def _pairs_with_final(self) -> Pairs:
-        assert self.run.evaluation is not None
-        matching = self.run.evaluation.matching
-        return (*matching.pairs, (matching.lens.num_layers, matching.final_layer))
 
     def _closeness(self, engine: Engine) -> dict[str, float]:
         """Teacher-forced averages over the evaluation cache; ``loss`` is that of its text."""

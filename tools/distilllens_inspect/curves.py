@@ -70,8 +70,9 @@ def charts_of(run: RunFiles) -> list[Chart]:
     kept = {name: f"teacher {place}" for name, place in pairs("train/kept_mass/").items()}
     own = {name: f"student {place}" for name, place in pairs("train/student_mass/").items()}
     wanted = [
-        ("Loss in training", "nats per target", named("train/", "loss", "task", "lens", "ce")),
-        ("Loss on held-out rows", "nats per target", named("eval/", "loss", "kl")),
+        ("Loss in training", "nats per target", named("train/", "loss", "task", "lens")),
+        ("KL to the teacher on held-out rows", "nats per target", named("eval/", "kl")),
+        ("Cross-entropy of the text", "nats per target", {"train/ce": "training", "eval/loss": "held-out rows"}),
         ("Lens divergence in training, by pair", "nats per target", pairs("train/lens/")),
         ("Lens JSD on held-out rows, by pair", "nats per target", pairs("eval/lens_jsd/")),
         ("ROUGE-L of greedy answers", "0 to 100", named("eval/", "rouge_l")),
@@ -145,8 +146,8 @@ def thinned(points: Points) -> Points:
 def nice_ticks(low: float, high: float) -> Sequence[float]:
     """Four to seven round numbers that enclose ``low`` and ``high``."""
     if high - low < 1e-12 * max(1e-300, abs(low), abs(high)) or high == low:
-        margin = abs(low) / 2 or 1.0
-        low, high = low - margin, high + margin
+        margin = abs(low) / 2
+        low, high = low - margin, high + (margin or 1.0)
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))

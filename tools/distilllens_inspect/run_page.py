@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distilllens_inspect.curves import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, charts_of
 from distilllens_inspect.run_files import RunFiles, read_run
@@ -30,8 +31,9 @@ class RunPage:
     """Which checkpoint is the best, as a sentence; empty where none was looked for."""
     charts: tuple[Chart, ...]
     comparisons: tuple[Comparison, ...]
+    has_samples: bool
     samples_step: int | None
-    """Step of the student in the comparisons; None where the run has none."""
+    """Step of the student in the comparisons; None where it is not known."""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -46,14 +48,15 @@ def open_run_page(folder: Path, token_text: TokenText | None, *, max_positions: 
     step = None
     if run.samples is not None:
         text = token_text or TokenText.of_folder(run.tokenizer_folder)
-        comparisons, step = compare(run.samples, text, max_positions=max_positions), int(run.samples.get("step", 0))
+        comparisons, step = compare(run.samples, text, max_positions=max_positions), run.samples.get("step")
     return RunPage(
         name=one_line(folder.resolve().name),
         facts=tuple(_facts(run)),
         best=_best(run),
         charts=tuple(charts_of(run)),
         comparisons=tuple(comparisons),
-        samples_step=step,
+        has_samples=run.samples is not None,
+        samples_step=step if isinstance(step, int) else None,
     )
 
 
@@ -66,7 +69,11 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _best(run: RunFiles) -> str:
+    ours: Any = run.state
+    for name in ("stateful_callbacks", "distilllens", "attributes", "best"):
+        ours = ours.get(name) if isinstance(ours, dict) else None
+    metric = ours.get("metric") if isinstance(ours, dict) else None
     step, value = run.state.get("best_global_step"), run.state.get("best_metric")
     if not isinstance(step, int) or not isinstance(value, int | float):
         return ""
-    return f"The best checkpoint is checkpoint-{step}, with {value:.4g}."
+    return f"The best checkpoint is checkpoint-{step}: eval/{one_line(str(metric))} is {value:.4g}."
