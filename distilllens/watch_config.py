@@ -104,6 +104,8 @@ class WatchConfig(BaseModel):
 
     @model_validator(mode="after")
     def _evaluations_can_be_made(self) -> "WatchConfig":
+        if self.eval_steps is not None and self.eval_cache is None and self.eval_dataset is None:
+            raise ValueError("--eval-steps has nothing to measure on: give --eval-cache or --eval-dataset")
         if not self.selects:
             return self
         if self.eval_steps is None:

@@ -256,7 +256,15 @@ def test_the_page_of_a_run_shows_its_curves_and_both_lenses(run, capsys) -> None
         (["--output-dir", "{rows}/run"], 1, "is a file; give another one"),
         (["--eval-steps", "0"], 1, "eval_steps: Input should be greater than or equal to 1"),
         (["--early-stopping-patience", "2"], 1, "give --eval-steps"),
-        (["--load-best-model-at-end", "--eval-steps", "2"], 1, "give --eval-dataset"),
+        (["--eval-steps", "2"], 1, "give --eval-cache or --eval-dataset"),
+        (
+            ["--metric-for-best-model", "rouge_l", "--eval-steps", "2", "--eval-cache", "{cache}"], 1,
+            "rouge_l is measured on answers to held-out rows: give --eval-dataset",
+        ),
+        (
+            ["--metric-for-best-model", "eval_kl", "--eval-steps", "2", "--eval-dataset", "{rows}"], 1,
+            "kl is measured on a cache of held-out rows: give --eval-cache",
+        ),
         (["--metric-for-best-model", "bleu"], 1, "'bleu' is not measured; expected one of loss,"),
         (["--report-to", "tensorbord"], 1, "--report-to 'tensorbord' is not known"),
         (["--max-loss-ratio", "0.5"], 1, "would stop any run"),

@@ -381,6 +381,7 @@ def test_the_examples_at_the_end_of_each_help_are_valid_commands(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
+    (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     text = said(run(name, "--help"))
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith("distilllens inspect")]
