@@ -21,6 +21,7 @@ class StepProgress:
             console=console,
             disable=not (is_shown and console.is_terminal),
             transient=True,
+            refresh_per_second=2,
         )
         self._task = self._bar.add_task("training", total=num_steps, completed=done, note="")
 

@@ -288,8 +288,9 @@ def test_a_quarter_of_the_lens_rows_trains_alike_however_a_step_is_divided_or_st
     full = train(student, make_cache(), tmp_path / "full", **{**settings, "lens_rows": 1.0})
     some = train(student, make_cache(), tmp_path / "some", **settings)
     assert [line["train/lens"] for line in some] != [line["train/lens"] for line in full]
-    whole, estimate = (sum(line["train/lens"] for line in lines) / len(lines) for lines in (full, some))
-    assert estimate == pytest.approx(whole, rel=0.2)
+    for name in ("train/lens", "train/kept_mass/2:2", "train/student_mass/2:2"):
+        whole, estimate = (sum(line[name] for line in lines) / len(lines) for lines in (full, some))
+        assert estimate == pytest.approx(whole, rel=0.2)
     assert all(line["train/lens_low/2:2"] < line["train/lens_high/2:2"] for line in some)
     half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     parted = train(student, make_cache(), tmp_path / "parted", **settings, **half)
