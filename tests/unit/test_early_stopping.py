@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
@@ -26,6 +26,7 @@ def run(selection: Selection, measured: list[float]) -> BestSoFar:
     return best
 
 
+@settings(deadline=None)
 @given(values, st.sampled_from(["loss", "rouge_l"]), st.integers(1, 3), st.sampled_from([0.0, 0.5]))
 def test_it_stops_where_transformers_stops_and_keeps_the_same_best(
     measured: list[float], metric: str, patience: int, threshold: float
@@ -45,6 +46,7 @@ def test_it_stops_where_transformers_stops_and_keeps_the_same_best(
         assert selection.is_over(best) == (callback.early_stopping_patience_counter >= patience)
 
 
+@settings(deadline=None)
 @given(values, st.integers(0, 11))
 def test_a_resumed_run_decides_alike(measured: list[float], stop: int) -> None:
     selection = Selection("loss", 2, 0.1)

@@ -26,6 +26,7 @@ def test_noise_of_any_usual_size_never_stops_a_run(seed: int, sigma: float, leve
     assert first_alarm((trend * random.lognormal(0.0, sigma, 600)).tolist()) is None
 
 
+@settings(deadline=None)
 @given(st.integers(FEWEST, 120), st.floats(3.1, 100.0))
 def test_a_loss_that_leaves_for_good_stops_the_run_after_the_patience(start: int, factor: float) -> None:
     assert first_alarm([1.0] * start + [factor] * 50) == start + PATIENCE

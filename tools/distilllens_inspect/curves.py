@@ -145,7 +145,8 @@ def thinned(points: Points) -> Points:
 
 def nice_ticks(low: float, high: float) -> Sequence[float]:
     """Four to seven round numbers that enclose ``low`` and ``high``."""
-    if high - low < 1e-12 * max(1e-300, abs(low), abs(high)) or high == low:
+    # What differs in the last digits only is a level line: ticks between would be rounding errors.
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) / 2
         low, high = low - margin, high + (margin or 1.0)
     rough = (high - low) / 4
