@@ -1,33 +1,46 @@
 """Checkpoints of a run: ``checkpoint-N/`` in save_pretrained layout, whole or not there at all."""
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilllens.config import TrainConfig
+from distilllens.early_stopping import BestSoFar
 from distilllens.engine import Engine
+from distilllens.loss_watch import LossWatch
 from distilllens.quiet import quiet_libraries
 from distilllens_cache.atomic import fsync_folder
 
 STATE = "trainer_state.json"
+OURS = "distilllens"
+"""Where our part of ``trainer_state.json`` is: in ``stateful_callbacks``, the place that transformers has for it."""
+NOT_OF_THE_MODEL = (STATE, "optimizer.pt", "deepspeed", "zero_to_fp32.py")
+"""What a checkpoint holds besides the student."""
+OUR_STATE = ("best", "loss_watch", "pending", "identity")
+"""What transformers has no field for."""
 
 
 @dataclass
 class RunState:
-    """Where a run stands; kept in ``trainer_state.json`` under the names of Hugging Face's trainer."""
+    """Where a run stands; kept in ``trainer_state.json``, which ``transformers.TrainerState`` opens."""
 
     global_step: int = 0
     epoch: float = 0.0
     max_steps: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
+    """One entry per line of metrics.jsonl, with the names of Hugging Face's trainer beside ours."""
+    best: BestSoFar = field(default_factory=BestSoFar)
+    loss_watch: LossWatch = field(default_factory=LossWatch)
     pending: dict[str, float] = field(default_factory=dict)
     """Sums that wait for the next logged step, so that a resumed run logs the same averages."""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -43,16 +56,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def save_checkpoint(
-    run: Path,
+    config: TrainConfig,
     state: RunState,
     *,
     engine: Engine,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    keep: int | None,
 ) -> Path:
-    """Write ``checkpoint-N`` under a temporary name and rename it when whole; then drop the oldest beyond ``keep``."""
-    folder = run / f"checkpoint-{state.global_step}"
+    """Write ``checkpoint-N`` under a temporary name and rename it when whole; then drop the oldest beyond the limit.
+
+    The best one stays, and so does the last one before the loss rose.
+    """
+    run = config.output_dir
+    folder = checkpoint_folder(run, state.global_step)
     unfinished = run / f"{folder.name}.tmp"
     if engine.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -62,27 +78,51 @@ def save_checkpoint(
         engine.save_state(unfinished)
         save_model(model, tokenizer, unfinished, engine)
         if engine.is_main:
-            _write_state(unfinished / STATE, state)
+            _write_state(unfinished / STATE, state, config)
             _sync(unfinished)
     if engine.is_main:
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
         fsync_folder(run)
+        keep = config.save_total_limit
+        kept = {state.best.step and checkpoint_folder(run, state.best.step), last_good_checkpoint(run, state)}
         for old in checkpoints(run)[: -keep if keep else 0]:
-            shutil.rmtree(old)
+            if old not in kept:
+                shutil.rmtree(old)
     engine.barrier()
     return folder
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after a step is."""
+    return run / f"checkpoint-{step}"
+
+
+def last_good_checkpoint(run: Path, state: RunState) -> Path | None:
+    """The newest checkpoint from before the loss rose above its running median, if it did."""
+    newest = state.global_step - state.loss_watch.num_above
+    good = [folder for folder in checkpoints(run) if _step_of(folder) <= newest]
+    return good[-1] if good else None
+
+
+def take_student(checkpoint: Path, folder: Path) -> None:
+    """Make the student of a checkpoint that of ``folder``."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_OF_THE_MODEL), dirs_exist_ok=True)
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [
-        (int(match[1]), folder)
+    whole = (
+        folder
         for folder in run.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / STATE).is_file()
-    ]
-    return [folder for _, folder in sorted(found)]
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder / STATE).is_file()
+    )
+    return sorted(whole, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_checkpoint(run: Path, asked: str | None) -> Path | None:
@@ -105,8 +145,18 @@ def load_state(checkpoint: Path, identity: dict[str, Any]) -> RunState:
     """The state of a checkpoint. ValueError naming each field in which this run differs from the one that wrote it."""
     try:
         values = json.loads((checkpoint / STATE).read_text("utf-8"))
-        state = RunState(**{name: values[name] for name in RunState.__dataclass_fields__})
-    except (KeyError, ValueError) as error:
+        ours = values["stateful_callbacks"][OURS]["attributes"]
+        state = RunState(
+            global_step=values["global_step"],
+            epoch=values["epoch"],
+            max_steps=values["max_steps"],
+            log_history=values["log_history"],
+            best=BestSoFar(**ours["best"]),
+            loss_watch=LossWatch(**ours["loss_watch"]),
+            pending=ours["pending"],
+            identity=ours["identity"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint / STATE} cannot be read ({error}): resume from another checkpoint") from None
     differing = [
         f"  {name}: the checkpoint has {state.identity.get(name)!r}, this run has {identity.get(name)!r}"
@@ -135,8 +185,25 @@ def _explained(unfinished: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_state(file: Path, state: RunState) -> None:
-    file.write_text(json.dumps(vars(state), indent=1) + "\n", encoding="utf-8")
+def _write_state(file: Path, state: RunState, config: TrainConfig) -> None:
+    best = state.best
+    ours = {name: value for name, value in asdict(state).items() if name in OUR_STATE}
+    content = {
+        "best_global_step": best.step,
+        "best_metric": best.value,
+        "best_model_checkpoint": best.step and str(checkpoint_folder(config.output_dir, best.step)),
+        "epoch": state.epoch,
+        "eval_steps": config.eval_steps or state.max_steps,
+        "global_step": state.global_step,
+        "log_history": state.log_history,
+        "logging_steps": config.logging_steps,
+        "max_steps": state.max_steps,
+        "num_train_epochs": math.ceil(config.num_train_epochs),
+        "save_steps": config.save_steps,
+        "stateful_callbacks": {OURS: {"args": {}, "attributes": ours}},
+        "train_batch_size": config.per_device_train_batch_size,
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

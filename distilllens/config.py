@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -20,6 +20,7 @@ from distilllens.run_config import (
     save_config,
     split_text,
 )
+from distilllens.watch_config import WatchConfig
 
 __all__ = [
     "CacheTeacherConfig",
@@ -212,7 +213,7 @@ class NewStudentConfig(RunConfig):
     """Replace the model that is in the output folder."""
 
 
-class TrainConfig(DatasetConfig, SpoolConfig):
+class TrainConfig(DatasetConfig, WatchConfig, SpoolConfig):
     """One student trained from a cache."""
 
     student: str
@@ -221,8 +222,6 @@ class TrainConfig(DatasetConfig, SpoolConfig):
     """Revision of a student on the hub."""
     cache: Location | None = None
     """Teacher cache to train from: a folder, or a URL such as s3://bucket/cache."""
-    eval_cache: Location | None = None
-    """Teacher cache of held-out rows, scored at the end and every --eval-steps."""
     method: Literal["distilllens", "sft"] = "distilllens"
     """distilllens (needs --cache) or sft (cross-entropy on --dataset, needs no cache)."""
     dataset: str | None = None
@@ -291,14 +290,6 @@ class TrainConfig(DatasetConfig, SpoolConfig):
     """Attention kernel, by its name in transformers."""
     seed: int = 42
     """Order of the examples and every other random choice."""
-    logging_steps: PositiveInt = 10
-    """Steps between two lines of metrics.jsonl."""
-    eval_steps: PositiveInt | None = None
-    """Steps between two evaluations on --eval-cache; only at the end when not given."""
-    save_steps: PositiveInt = 500
-    """Steps between two checkpoints; the last step is always saved."""
-    save_total_limit: PositiveInt | None = None
-    """Checkpoints kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
     deepspeed: Path | None = None

@@ -121,6 +121,7 @@ def demo_stages(config: DemoConfig, teacher: str, *, train_rows: Path, valid_row
                 "train",
                 student=student,
                 cache=cache,
+                eval_cache=valid_cache,
                 max_steps=config.max_steps,
                 per_device_train_batch_size=4,
                 learning_rate=5e-4,
@@ -151,8 +152,8 @@ def demo_stages(config: DemoConfig, teacher: str, *, train_rows: Path, valid_row
         ),
         Stage(
             "report",
-            "A page that shows what the teacher thinks, layer by layer",
-            _command("inspect", "report", valid_cache, output=folder / "report.html"),
+            "A page that shows what the teacher thinks, layer by layer, the student beside it, and the curves",
+            _command("inspect", "report", valid_cache, run=run, output=folder / "report.html"),
         ),
     ]
 

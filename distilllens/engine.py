@@ -46,6 +46,11 @@ class Engine(ABC):
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no rank holds the whole weights, so that all ranks have to call the model together."""
+        return False
+
     @abstractmethod
     def forward(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
         """The student's sums for a batch on this rank; ``options`` go to its ``forward``."""
@@ -145,6 +150,7 @@ class DeepSpeedEngine(Engine):
         self.device = device
         self.config = load_deepspeed_config(config, RunFacts(self.world_size, hidden_size))
         groups: Any = parameter_groups(student, weight_decay=config.weight_decay)
+        self._student = student
         own = None if "optimizer" in self.config else build_optimizer(student, config)
         self._engine, optimizer, *_ = deepspeed.initialize(
             model=student, optimizer=own, model_parameters=None if own else groups, config=self.config
@@ -166,6 +172,10 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(hasattr(parameter, "ds_id") for parameter in self._student.parameters())
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         tensor = tensor.clone()

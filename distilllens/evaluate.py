@@ -16,6 +16,7 @@ from distilllens import predictions as files
 from distilllens.config import EvaluateConfig, save_config
 from distilllens.data import Prompt
 from distilllens.generate import Sampling, check_positions, end_tokens, generate
+from distilllens.lens_samples import sample_model
 from distilllens.models import load_model, pick_device
 from distilllens.predictions import EvaluationFolder, Key, Prediction, check_folder, write_json
 from distilllens.reference_loss import sum_of_losses
@@ -108,6 +109,7 @@ def _measure_model(
     with _memory_explained(config):
         # What is quick and can still be refused comes before what takes hours.
         teacher_forced = _teacher_forced(config, subject, model)
+        _sample_lens(config, subject, model, folder)
         references = _references(subject, model)
         predictions = [*done, *_write(config, subject, model, folder, {_key(one) for one in done})]
     if subject.prompts is None:
@@ -135,6 +137,14 @@ def _teacher_forced(config: EvaluateConfig, subject: Subject, model: PreTrainedM
         limit=config.limit,
     )
     return {name: value if abs(value) < float("inf") else None for name, value in scores.items()}
+
+
+def _sample_lens(config: EvaluateConfig, subject: Subject, model: PreTrainedModel, folder: EvaluationFolder) -> None:
+    """The model's lens beside the teacher's, for ``inspect report --run``; of a single model, which a run is."""
+    if config.cache is None or len(config.model) > 1:
+        return
+    choices = {"pairs": config.pairs, "tail": config.tail, "allow_mismatch": config.allow_mismatch}
+    sample_model(model, subject.tokenizer, config.cache, folder.path, **choices)
 
 
 def _references(subject: Subject, model: PreTrainedModel) -> ReferenceLoss | None:

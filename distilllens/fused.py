@@ -102,6 +102,8 @@ class LossSums(NamedTuple):
     """Lower bound of the dense divergence (``divergence.jsd_certificate``); 0 for a loss that is not a JSD."""
     slack: Float[Tensor, " M"]
     """``low + slack`` is an upper bound of it; 0 for a loss that is not a JSD."""
+    on_support: Float[Tensor, " M"]
+    """The student's probability of the kept tokens."""
 
 
 def is_fused(divergence: str, tail: Tail) -> bool:
@@ -177,7 +179,7 @@ Gradients = list[tuple[Tensor | None, torch.dtype]]
 def _pass(
     task: _Task, bias: Tensor | None, factors: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """The weighted total, the sums (M, 3) of value, low and slack, and the gradients of the total."""
+    """The weighted total, the sums (M, 4) of value, low, slack and mass, and the gradients of the total."""
     needed = [need and task.wants_gradient for need in needed]
     work = _Workspace(task, bias, factors, needed)
     num_rows = len(factors[0])
@@ -202,6 +204,8 @@ class _Running:
         """Add to ``sums``; logits ``z`` of some of the group's rows become their gradient over ``unit``."""
         seen = self._tile.run(z, self._targets[rows], scratch)
         sums[self._number, 0] += seen.value.sum()
+        # By the rest, one exp a row, and in float64: the mass of the kept tokens is there already.
+        sums[self._number, 3] -= seen.log_q[:, -1].expm1().sum()
         if self._spec.name == "jsd":
             limits = jsd_certificate(seen.log_p, seen.log_q, *self._spec.parameters)
             sums[self._number, 1] += limits.low.sum()
@@ -225,7 +229,7 @@ class _Workspace:
             numbered = enumerate(group.losses, number)
             self._groups.append((group.num_rows, [_Running(loss, n, self.full) for n, loss in numbered]))
             number += len(group.losses)
-        self.sums = torch.zeros(number, 3, dtype=torch.float64, device=self._device)
+        self.sums = torch.zeros(number, 4, dtype=torch.float64, device=self._device)
         chunk = min(task.chunk_rows, len(self._states[0]))
         self._tile_rows = min(chunk, TILE_ROWS) if self._device.type == "cpu" else chunk
         self._logits = torch.empty(chunk, task.vocab_size, dtype=self.full, device=self._device)

@@ -69,7 +69,7 @@ def _ids(value: Any) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [int(value)]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: a model that is trained on must not keep tensors of it
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -24,10 +24,9 @@ def sum_losses(normed: Sequence[Tensor], groups: Sequence[Group], lens: LogitLen
             mine = [groups[n] for n in numbers]
             found = path([normed[n] for n in numbers], mine, lens, chunk_rows)
             totals.append(found.total)
-            of_losses = torch.stack([found.each, found.low, found.slack], -1)
+            of_losses = torch.stack([found.each, found.low, found.slack, found.on_support], -1)
             sums |= zip(numbers, of_losses.split([len(group.losses) for group in mine]), strict=True)
-    each, low, slack = torch.cat([sums[n] for n in range(len(groups))]).unbind(-1)
-    return LossSums(torch.stack(totals).sum(), each, low, slack)
+    return LossSums(torch.stack(totals).sum(), *torch.cat([sums[n] for n in range(len(groups))]).unbind(-1))
 
 
 def _fused(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int) -> LossSums:
@@ -50,19 +49,21 @@ def _plain(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_row
             return torch.stack([_sums(loss, logits, where) for loss in group.losses]).flatten()
 
         sums.append(lens.sum_over_chunks(rows, of_chunk, chunk_rows=chunk_rows))
-    each, low, slack = torch.cat(sums).view(-1, 3).unbind(-1)
+    each, *others = torch.cat(sums).view(-1, 4).unbind(-1)
     weights = torch.tensor([loss.weight for group in groups for loss in group.losses]).to(each)
-    return LossSums((each * weights).sum(), each.detach(), low.detach(), slack.detach())
+    return LossSums((each * weights).sum(), each.detach(), *(one.detach() for one in others))
 
 
 def _sums(loss: Loss, logits: Tensor, where: slice) -> Tensor:
-    """Value, low and slack of a loss, each summed over a chunk of rows."""
+    """Value, low, slack and the student's mass on the kept tokens, each summed over a chunk of rows."""
     targets = loss.targets[where]
     value = sparse_divergence(loss.spec, logits, targets, loss.tail).sum()
-    if loss.spec.name != "jsd":
-        return torch.stack([value, torch.zeros_like(value), torch.zeros_like(value)])
     with torch.no_grad():
         log_q = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
         seen = BucketTail().outcomes(log_q, targets)
-        limits = jsd_certificate(seen.log_p, seen.log_q, *loss.spec.parameters, counts=seen.counts)
-    return torch.stack([value, limits.low.sum().to(value), limits.slack.sum().to(value)])
+        low = slack = torch.zeros_like(value)
+        if loss.spec.name == "jsd":
+            limits = jsd_certificate(seen.log_p, seen.log_q, *loss.spec.parameters, counts=seen.counts)
+            low, slack = (one.sum().to(value) for one in limits)
+        on_support = -seen.log_q[:, -1].expm1().sum()
+    return torch.stack([value, low, slack, on_support.to(value)])

@@ -1,61 +1,74 @@
-"""What a run says while it goes: ``metrics.jsonl``, one line on a terminal, nothing from other ranks."""
+"""What a run says while it goes: ``metrics.jsonl``, trackers, a line on stderr; nothing from other ranks."""
 
 import json
 import os
-import time
+import resource
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import Tensor
 
+from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.engine import Engine
+from distilllens.progress import StepProgress
+from distilllens.trackers import TrackedRun, Trackers
+from distilllens.watch_config import tracker_names
 
 FILE = "metrics.jsonl"
+SHOWN = (
+    "train/loss", "train/task", "train/lens", "train/tokens_per_s", "eval/loss", "eval/kl", "eval/lens_jsd",
+    "eval/rouge_l",
+)  # fmt: skip
+"""What a line on stderr has; metrics.jsonl and the trackers have everything."""
 
 
 class Metrics:
-    """Appends one JSON line per logged step and prints it on stderr; only on the main rank."""
+    """Appends one JSON line per logged step, sends it to the trackers and prints it on stderr; on the main rank."""
 
-    def __init__(self, run: Path, engine: Engine, *, num_steps: int, resumed_step: int) -> None:
+    def __init__(self, config: TrainConfig, engine: Engine, *, num_steps: int, resumed_step: int) -> None:
+        """ValueError when a tracker cannot be started."""
+        run = config.output_dir
         self._num_steps = num_steps
-        self._started = time.monotonic()
-        self._first_step = resumed_step
+        self._progress = StepProgress(num_steps, done=resumed_step, is_shown=engine.is_main)
         self._file: TextIO | None = None
+        self._trackers: Trackers | None = None
         if engine.is_main:
+            name = config.run_name or run.resolve().name
+            tracked = TrackedRun(run, name, config.model_dump(mode="json"), resumed_step)
+            self._trackers = Trackers(tracker_names(config.report_to), tracked)
             _drop_after(run / FILE, resumed_step)
             self._file = (run / FILE).open("a", encoding="utf-8")
 
+    def advance(self, step: int) -> None:
+        """Step ``step``, counted from 1, is done."""
+        self._progress.advance(step)
+
     def log(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Record ``values`` at a step (counted from 1)."""
+        """Record ``values`` at a step."""
         line = {"step": step, **values}
-        if self._file is not None:
+        if self._file is not None and self._trackers is not None:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            self._trackers.log(step, values)
             say(self._text(step, values))
         return line
 
     def __enter__(self) -> "Metrics":
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
+        if self._trackers is not None:
+            self._trackers.close()
         if self._file is not None:
             self._file.close()
 
     def _text(self, step: int, values: dict[str, float]) -> str:
-        names = (
-            "train/loss",
-            "train/task",
-            "train/lens",
-            "train/tokens_per_s",
-            "eval/kl",
-            "eval/reference_loss",
-        )
-        shown = [f"{name.split('/', 1)[-1]} {values[name]:.4g}" for name in names if name in values]
-        done = step - self._first_step
-        left = (time.monotonic() - self._started) / max(1, done) * (self._num_steps - step)
-        return f"step {step}/{self._num_steps}  " + "  ".join(shown) + f"  ETA {_duration(left)}"
+        shown = [f"{name.removeprefix('train/')} {values[name]:.4g}" for name in SHOWN if name in values]
+        return f"step {step}/{self._num_steps}  " + "  ".join(shown) + f"  ETA {self._progress.time_left()}"
 
 
 class RunningSums:
@@ -67,8 +80,13 @@ class RunningSums:
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._tokens, self._waited, self._started = 0, 0.0, time.perf_counter()
+        self._tokens, self._waited, self._seconds = 0, 0.0, 0.0
         self.num_targets = 0
+
+    def add_step(self, *, num_targets: int, seconds: float) -> None:
+        """Add a step: its target positions over all ranks and its seconds, without evaluation or checkpoint."""
+        self.num_targets += num_targets
+        self._seconds += seconds
 
     def add(self, sums: dict[str, Tensor], *, tokens: int, waited: float) -> None:
         """Add one micro-batch of this rank: its loss sums, its tokens, and the seconds it waited for data."""
@@ -95,19 +113,44 @@ class RunningSums:
         }
 
     def flush(self) -> dict[str, float]:
-        """Averages per target position over all ranks since the last call, in nats."""
+        """Since the last call: averages per target position over all ranks (nats; ``*_mass`` probabilities), tokens
+        per second of all ranks, and of this rank the share of its time that it waited for data (``data_wait``) and its
+        peak memory in GB.
+        """
         names = sorted(self._sums)
         tokens = torch.tensor(float(self._tokens), dtype=torch.float64, device=self._sums["total"].device)
         totals = self._engine.all_sum(torch.stack([*(self._sums[name] for name in names), tokens])).tolist()
-        elapsed = time.perf_counter() - self._started
         values = {f"train/{name}": total / self.num_targets for name, total in zip(names, totals, strict=False)}
         values = {"train/loss": values.pop("train/total"), **values}
         lens = [value for name, value in values.items() if name.startswith("train/lens/")]
         if lens:
             values["train/lens"] = sum(lens) / len(lens)
-        values |= {"train/tokens_per_s": totals[-1] / elapsed, "train/data_wait": self._waited / elapsed}
+        values |= {
+            "train/tokens_per_s": totals[-1] / self._seconds,
+            "train/data_wait": self._waited / self._seconds,
+            "train/peak_memory_gb": peak_memory(self._engine.device) / 1e9,
+        }
         self._clear()
         return values
+
+
+def history_entry(line: dict[str, float], *, epoch: float) -> dict[str, float]:
+    """A line of metrics.jsonl as ``log_history`` holds it: with the names that plot tools know beside ours."""
+    theirs = {"epoch": epoch}
+    for name, value in line.items():
+        group, _, short = name.partition("/")
+        if group == "eval":
+            theirs[f"eval_{short}"] = value
+        elif name in ("train/loss", "train/grad_norm", "train/learning_rate"):
+            theirs[short] = value
+    return {**line, **theirs}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process ever had: of the GPU's memory as torch counts it, or of the machine's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -129,9 +172,3 @@ def _drop_after(file: Path, step: int) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, file)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -13,7 +13,8 @@ SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
 CONFIG = "config.resolved.yaml"
-OUR_FILES = (SETTINGS, PREDICTIONS, RESULTS, CONFIG)
+SAMPLES = "lens_samples.json"
+OUR_FILES = (SETTINGS, PREDICTIONS, RESULTS, CONFIG, SAMPLES)
 
 BEGIN_ANEW = "The file was changed: use --overwrite to begin anew."
 

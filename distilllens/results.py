@@ -143,7 +143,7 @@ def _lines(scores: ModelScores) -> list[tuple[str, str]]:
         ]
     forced = scores.teacher_forced
     for key, value in forced.items():
-        if key.startswith((LOW, HIGH)):
+        if key.startswith((LOW, HIGH)) or "mass/" in key:
             continue
         pair = key.removeprefix("lens_jsd/")
         name = f"lens JSD {pair} (nats)" if pair != key else _TEACHER_FORCED_NAMES.get(key, key)

@@ -7,7 +7,7 @@ from distilllens.config import TrainConfig
 
 def learning_rate(step: int, *, num_steps: int, config: TrainConfig) -> float:
     """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then cosine, linear or constant."""
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
+    warmup = num_warmup_steps(num_steps, config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.lr_scheduler_type == "constant":
@@ -16,3 +16,8 @@ def learning_rate(step: int, *, num_steps: int, config: TrainConfig) -> float:
     share = (1 + math.cos(math.pi * progress)) / 2 if config.lr_scheduler_type == "cosine" else 1 - progress
     floor = min(config.min_learning_rate, config.learning_rate)
     return floor + (config.learning_rate - floor) * share
+
+
+def num_warmup_steps(num_steps: int, config: TrainConfig) -> int:
+    """Steps of linear warm-up."""
+    return config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)

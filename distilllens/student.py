@@ -1,5 +1,6 @@
 """The student as the engine wraps it: model and lens in, sums of losses over target positions out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from distilllens.divergence_spec import parse_divergence
 from distilllens.fused import Group, Loss, certain_targets
 from distilllens.lens import LogitLens, rows_at
 from distilllens.losses import sum_losses
-from distilllens.tails import BucketTail
+from distilllens.tails import BucketTail, log_mass_outside
+from distilllens.targets import SparseTargets
 
 Pairs = tuple[tuple[int, int], ...]
 """Layers that are matched: (student, teacher), counted from 1."""
@@ -61,14 +63,25 @@ class Student(nn.Module):
         self.objective = objective
         self.chunk_rows = chunk_rows
 
-    def forward(self, batch: Batch, measured_pairs: Pairs | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        measured_pairs: Pairs | None = None,
+        *,
+        read: Callable[["Student", Batch], dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
         ``lens/s:t`` is the divergence of a pair. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
-        of the JSD over the whole vocabulary, which sparse targets do not determine.
+        of the JSD over the whole vocabulary, which sparse targets do not determine. ``kept_mass/s:t`` and
+        ``student_mass/s:t`` are the teacher's and the student's probability of the kept tokens, and the same with
+        ``final`` for the final layer, where the loss reads its targets.
 
-        With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``.
+        With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``; with
+        ``read`` what that makes of the batch, inside the call, where wrappers have gathered the weights.
         """
+        if read is not None:
+            return read(self, batch)
         measures = measured_pairs is not None
         pairs = measured_pairs if measures else self.objective.lens_pairs
         final_layer = self.lens.num_layers
@@ -100,10 +113,14 @@ class Student(nn.Module):
         groups += [Group(len(rows), (self._lens_loss(batch, pair, rho * per_pair),)) for pair, rows in inner.items()]
         found = sum_losses([final, *inner.values()], groups, self.lens, chunk_rows=self.chunk_rows)
         sums = {"total": found.total, **dict(zip(at_final, found.each, strict=False))}
+        if objective.needs_final_targets:
+            sums |= _masses("final", batch.targets[batch.final_layer], found.on_support[1])
         of_lens = torch.stack([found.each, found.low, found.slack], -1)[len(at_final) :] / batch.lens_rows.share
         is_jsd = parse_divergence(objective.lens_divergence).name == "jsd"
-        for pair, values in zip(inner, of_lens, strict=True):
+        on_support = found.on_support[len(at_final) :]
+        for pair, group, values, mass in zip(inner, groups[1:], of_lens, on_support, strict=True):
             sums |= _named(pair, *values, is_jsd=is_jsd)
+            sums |= _masses(_name(pair), group.losses[0].targets, mass, share=batch.lens_rows.share)
         return sums
 
     def _loss(self, divergence: str, batch: Batch, layer: int, weight: float) -> Loss:
@@ -121,9 +138,10 @@ class Student(nn.Module):
             bucket = BucketTail().outcomes(logits.float().log_softmax(-1), targets[where])
             low, slack = jsd_certificate(bucket.log_p, bucket.log_q, counts=bucket.counts)
             value = sparse_divergence("jsd", logits, targets[where], tail)
-            return torch.stack([value.sum(), low.sum(), slack.sum()])
+            return torch.stack([value.sum(), low.sum(), slack.sum(), -bucket.log_q[:, -1].expm1().sum()])
 
-        return _named(pair, *self.lens.sum_over_chunks(rows, losses, chunk_rows=self.chunk_rows), is_jsd=True)
+        *values, mass = self.lens.sum_over_chunks(rows, losses, chunk_rows=self.chunk_rows)
+        return _named(pair, *values, is_jsd=True) | _masses(_name(pair), targets, mass)
 
     def _measure_final(self, rows: Tensor, batch: Batch) -> dict[str, Tensor]:
         targets, tail = batch.targets[batch.final_layer], batch.tails[batch.final_layer]
@@ -137,14 +155,26 @@ class Student(nn.Module):
             bins = (confidence * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
             empty = torch.zeros(CALIBRATION_BINS, device=logits.device)
             correct = empty.index_add(0, bins, (top_1 == next_ids).float())
-            return torch.cat([torch.stack([kl, ce, agrees]), empty.index_add(0, bins, confidence), correct])
+            mass = -log_mass_outside(logits.float().log_softmax(-1), targets[where]).expm1().sum()
+            return torch.cat([torch.stack([kl, ce, agrees, mass]), empty.index_add(0, bins, confidence), correct])
 
         sums = self.lens.sum_over_chunks(rows, losses, chunk_rows=self.chunk_rows)
-        confidence, correct = sums[3:].view(2, CALIBRATION_BINS)
-        return {"kl": sums[0], "ce": sums[1], "agrees": sums[2], "confidence": confidence, "correct": correct}
+        confidence, correct = sums[4:].view(2, CALIBRATION_BINS)
+        measured = {"kl": sums[0], "ce": sums[1], "agrees": sums[2], "confidence": confidence, "correct": correct}
+        return measured | _masses("final", targets, sums[3])
 
 
 def _named(pair: tuple[int, int], value: Tensor, low: Tensor, slack: Tensor, *, is_jsd: bool) -> dict[str, Tensor]:
-    student, teacher = pair
     limits = {"lens_low": low, "lens_high": low + slack} if is_jsd else {}
-    return {f"{name}/{student}:{teacher}": sums for name, sums in {"lens": value, **limits}.items()}
+    return {f"{name}/{_name(pair)}": sums for name, sums in {"lens": value, **limits}.items()}
+
+
+def _name(pair: tuple[int, int]) -> str:
+    student, teacher = pair
+    return f"{student}:{teacher}"
+
+
+def _masses(where: str, targets: SparseTargets, of_student: Tensor, *, share: float = 1.0) -> dict[str, Tensor]:
+    """The probability of the kept tokens, of the teacher's targets and of the student, summed over rows."""
+    of_teacher = -targets.log_rest.double().expm1().sum()
+    return {f"kept_mass/{where}": of_teacher / share, f"student_mass/{where}": of_student / share}

@@ -32,7 +32,8 @@ def averages(
     """Averages over all target positions of a cache, of the sums that ``forward`` gives for a batch.
 
     ``kl`` and ``reference_loss`` (nats per target), ``lens_jsd/s:t`` and their mean ``lens_jsd`` (nats, at most
-    ln 2), ``top1_agreement`` (share of positions whose likeliest token is the teacher's),
+    ln 2), ``kept_mass/s:t`` and ``student_mass/s:t`` (the teacher's and the student's probability of the kept tokens;
+    ``final`` for the final layer), ``top1_agreement`` (share of positions whose likeliest token is the teacher's),
     ``calibration_error`` (expected calibration error of the likeliest token against the true next one), and
     ``num_targets``. Ranks share the batches; every rank returns the same numbers.
 
@@ -58,6 +59,7 @@ def averages(
     result = {"kl": totals["kl"].item() / count}
     of_lens = (name for name in totals if name.startswith("lens"))
     result |= {name.replace("lens", "lens_jsd", 1): totals[name].item() / count for name in of_lens}
+    result |= {name: totals[name].item() / count for name in totals if "mass/" in name}
     if pairs:
         result["lens_jsd"] = sum(totals[name].item() for name in pairs) / len(pairs) / count
     return result | {

@@ -1,8 +1,8 @@
 """Train a student from a teacher cache: shards -> student -> loss -> step -> checkpoint."""
 
 import math
-import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,31 @@ import numpy as np
 import torch
 
 from distilllens.batches import Steps
-from distilllens.checkpoint import RunState, find_checkpoint, load_state, save_checkpoint, save_model
+from distilllens.checkpoint import (
+    RunState,
+    checkpoint_folder,
+    find_checkpoint,
+    last_good_checkpoint,
+    load_state,
+    save_checkpoint,
+    save_model,
+    take_student,
+)
 from distilllens.collate import collate
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
+from distilllens.early_stopping import selection_of
 from distilllens.engine import Engine, choose_device, start_engine
 from distilllens.interruption import Interruption
 from distilllens.lens_rows import choose_lens_rows
-from distilllens.metrics import Metrics, RunningSums
-from distilllens.schedule import learning_rate
+from distilllens.loss_watch import PATIENCE, running_median
+from distilllens.metrics import Metrics, RunningSums, history_entry
+from distilllens.schedule import learning_rate, num_warmup_steps
 from distilllens.self_check import check_objective
-from distilllens.teacher_forced import averages
+from distilllens.trackers import check_trackers
 from distilllens.training_run import TrainingRun, open_run
+from distilllens.validation import Validation, open_validation
+from distilllens.watch_config import tracker_names
 from distilllens_cache import ReadAhead
 
 RESOLVED = "config.resolved.yaml"
@@ -32,9 +45,14 @@ class NonFiniteError(ValueError):
     """A loss or gradient that is not a number; it did not touch the weights."""
 
 
+class DivergedError(ValueError):
+    """A loss that rose and stayed; there may be a checkpoint from before."""
+
+
 def run_train(config: TrainConfig) -> Path:
     """Train as ``config`` says; the folder of the final model."""
     device = choose_device(config.device)
+    check_trackers(tracker_names(config.report_to))
     _check_output(config)
     checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
     run_opened(open_run(config, start_from=checkpoint), device, checkpoint)
@@ -44,6 +62,7 @@ def run_train(config: TrainConfig) -> Path:
 def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) -> None:
     """Train what was opened, from the start or on from ``checkpoint``, and save the student."""
     config = run.config
+    validation = open_validation(run)
     hidden_size = run.model.config.get_text_config().hidden_size
     engine = start_engine(run.student, config, device, hidden_size=hidden_size)
     steps = Steps(
@@ -65,22 +84,24 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         if engine.is_main:
             _start_output(config)
         engine.barrier()
-        train(run, engine, examples, steps, state)
-    save_model(run.model, run.tokenizer, config.output_dir, engine)
-    engine.barrier()
-    say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
+        train(run, engine, examples, steps, state, validation)
+    _save_student(run, engine, state)
 
 
-def train(run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, state: RunState) -> None:
+def train(
+    run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, state: RunState, validation: Validation
+) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
     config, num_steps, lens_layers = run.config, state.max_steps, run.student.objective.lens_layers
-    metrics = Metrics(config.output_dir, engine, num_steps=num_steps, resumed_step=state.global_step)
+    warmup, selection = num_warmup_steps(num_steps, config), selection_of(config)
+    metrics = Metrics(config, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
     sums.restore(state.pending)
+    is_over = state.global_step == num_steps or (selection is not None and selection.is_over(state.best))
     engine.train(True)
     with Interruption() as interruption, metrics:
-        while state.global_step < num_steps:
-            step = state.global_step
+        while not is_over:
+            step, began, loss_sum = state.global_step, time.perf_counter(), 0.0
             num_targets = steps.num_targets(step)
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
@@ -91,59 +112,63 @@ def train(run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, s
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))
                 losses = engine.forward(batch)
-                _require_finite(losses["total"].item(), "loss", step, batch.ids, config)
+                loss_sum += losses["total"].item()
+                _require_finite(loss_sum, "loss", batch.ids, state, config)
                 engine.backward(losses["total"] / num_targets)
                 sums.add(losses, tokens=int(batch.attention_mask.sum()), waited=waited)
             rate = learning_rate(step, num_steps=num_steps, config=config)
             gradient_norm = engine.update(rate)
-            _require_finite(gradient_norm, "gradient norm", step, _ids(run, steps, step), config)
-            sums.num_targets += num_targets
+            _require_finite(gradient_norm, "gradient norm", _ids(run, steps, step), state, config)
+            sums.add_step(num_targets=num_targets, seconds=time.perf_counter() - began)
             state.global_step = step + 1
             state.epoch = state.global_step * steps.examples_per_step / len(run.source)
-            is_last = state.global_step == num_steps
-            if state.global_step % config.logging_steps == 0 or step == 0 or is_last:
+            metrics.advance(state.global_step)
+            is_over, is_best = state.global_step == num_steps, False
+            measured: dict[str, float] = {}
+            if validation.is_possible and (is_over or _is_due(state.global_step, config.eval_steps)):
+                measured = validation.measure(engine)
+                if selection is not None:
+                    is_best = selection.look(state.best, measured, step=state.global_step)
+                    is_over = is_over or selection.is_over(state.best)
+                if is_best or not config.load_best_model_at_end:
+                    validation.sample(engine, step=state.global_step)
+            if state.global_step % config.logging_steps == 0 or step == 0 or is_over:
                 values = sums.flush() | {
                     "train/grad_norm": gradient_norm,
                     "train/learning_rate": rate,
                     "train/epoch": state.epoch,
                 }
-                state.log_history.append(metrics.log(state.global_step, values))
-            if run.evaluation is not None and (is_last or _is_due(state.global_step, config.eval_steps)):
-                values = {f"eval/{name}": value for name, value in evaluate_student(run, engine).items()}
-                state.log_history.append(metrics.log(state.global_step, values))
-            interrupted = engine.any(interruption.asked) and not is_last
-            if is_last or interrupted or _is_due(state.global_step, config.save_steps):
+                state.log_history.append(history_entry(metrics.log(state.global_step, values), epoch=state.epoch))
+            if measured:
+                state.log_history.append(history_entry(metrics.log(state.global_step, measured), epoch=state.epoch))
+            if step >= warmup:
+                mean = engine.all_sum(torch.tensor(loss_sum, dtype=torch.float64, device=engine.device)) / num_targets
+                if state.loss_watch.add(mean.item(), ratio=config.max_loss_ratio):
+                    raise _diverged(run, steps, state, mean.item())
+            interrupted = engine.any(interruption.asked) and not is_over
+            if is_over or is_best or interrupted or _is_due(state.global_step, config.save_steps):
                 state.pending = sums.pending()
-                folder = save_checkpoint(
-                    config.output_dir,
-                    state,
-                    engine=engine,
-                    model=run.model,
-                    tokenizer=run.tokenizer,
-                    keep=config.save_total_limit,
-                )
+                folder = save_checkpoint(config, state, engine=engine, model=run.model, tokenizer=run.tokenizer)
                 if interrupted:
                     say(f"Saved {folder}; --resume-from-checkpoint continues from it")
                     raise KeyboardInterrupt
 
 
-def evaluate_student(run: TrainingRun, engine: Engine) -> dict[str, float]:
-    """Teacher-forced averages over the evaluation cache."""
-    assert run.evaluation is not None
-    matching = run.evaluation.matching
-    engine.train(False)
-    with torch.no_grad():
-        result = averages(
-            lambda batch: engine.forward(batch, measured_pairs=matching.pairs),
-            run.evaluation.reader,
-            tails=matching.tails,
-            device=engine.device,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            all_sum=engine.all_sum,
-        )
-    engine.train(True)
-    return result
+def _save_student(run: TrainingRun, engine: Engine, state: RunState) -> None:
+    """The student of the last step or of the best one, in the run's folder, and a sentence that says which."""
+    config, selection = run.config, selection_of(run.config)
+    which = ""
+    if config.load_best_model_at_end and state.best.step is not None:
+        best = checkpoint_folder(config.output_dir, state.best.step)
+        which = f", from {best.name}"
+        if engine.is_main:
+            take_student(best, config.output_dir)
+    else:
+        save_model(run.model, run.tokenizer, config.output_dir, engine)
+    engine.barrier()
+    if selection is not None and selection.is_over(state.best):
+        say(selection.verdict(state.best))
+    say(f"Trained {state.global_step} steps; the student is in {config.output_dir}{which}")
 
 
 def _self_check(run: TrainingRun, examples: ReadAhead, steps: Steps) -> None:
@@ -161,8 +186,7 @@ def _self_check(run: TrainingRun, examples: ReadAhead, steps: Steps) -> None:
 
 def _check_output(config: TrainConfig) -> None:
     folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir {folder} is a file; give a folder")
+    _require_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / RESOLVED).is_file():
@@ -178,21 +202,51 @@ def _start_output(config: TrainConfig) -> None:
     if config.overwrite and config.resume_from_checkpoint is None and config.output_dir.exists():
         shutil.rmtree(config.output_dir)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(config.output_dir, os.W_OK):
-        raise ValueError(f"--output-dir {config.output_dir} cannot be written to")
     save_config(config, config.output_dir / RESOLVED)
+
+
+def _require_writable(folder: Path) -> None:
+    """ValueError unless a run can be written to ``folder``, which need not exist."""
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise ValueError(f"--output-dir {folder} is no folder: {nearest} is a file; give another one")
+        # Tried, not asked: for root, and on a disk mounted for reading, permissions say nothing.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output-dir {folder} cannot be written to ({error.strerror}): give another one") from None
+
+
+def _diverged(run: TrainingRun, steps: Steps, state: RunState, loss: float) -> DivergedError:
+    config, first = run.config, state.global_step - PATIENCE
+    good = last_good_checkpoint(config.output_dir, state)
+    return DivergedError(
+        f"the loss has diverged: it is {loss:.4g} and was above --max-loss-ratio {config.max_loss_ratio:g} times its "
+        f"running median, {running_median(state.loss_watch.recent):.4g}, in each of the last {PATIENCE} steps. "
+        f"Examples of step {first + 1}, where that began: {', '.join(_ids(run, steps, first))}. {_way_on(good, config)}"
+    )
+
+
+def _way_on(good: Path | None, config: TrainConfig) -> str:
+    if good is None:
+        return "There is no checkpoint from before: look at those examples, and start with a lower --learning-rate"
+    return (
+        f"The last good checkpoint is {good}: look at those examples, and train on with --student {good}, a lower "
+        f"--learning-rate and another --output-dir than {config.output_dir}"
+    )
 
 
 def _ids(run: TrainingRun, steps: Steps, step: int) -> tuple[str, ...]:
     return tuple(run.source[index].id for index in steps.indices(step))
 
 
-def _require_finite(value: float, what: str, step: int, ids: Sequence[str], config: TrainConfig) -> None:
+def _require_finite(value: float, what: str, ids: Sequence[str], state: RunState, config: TrainConfig) -> None:
     if not math.isfinite(value):
+        good = last_good_checkpoint(config.output_dir, state)
         raise NonFiniteError(
-            f"the {what} of step {step + 1} is {value}; training stopped before it touched the weights. Examples of "
-            f"the batch: {', '.join(ids)}. The checkpoints in {config.output_dir} are good: lower "
-            f"--learning-rate, or look at those examples, and continue with --resume-from-checkpoint"
+            f"the {what} of step {state.global_step + 1} is {value}; training stopped before it touched the weights. "
+            f"Examples of the batch: {', '.join(ids)}. {_way_on(good, config)}"
         )
 
 

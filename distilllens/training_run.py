@@ -24,7 +24,9 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "eval_cache", "spool_dir", "spool_bytes", "max_steps", "num_train_epochs",
+    "student", "cache", "eval_cache", "spool_dir", "spool_bytes", "max_steps", "num_train_epochs", "report_to",
+    "run_name", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold",
+    "max_loss_ratio",
 }  # fmt: skip
 """Settings that a resumed run may change; the cache is compared by its digest, the length by its steps."""
 

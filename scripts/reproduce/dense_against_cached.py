@@ -57,7 +57,7 @@ class DenseStudent(Student):
         super().__init__(student.model, student.lens, student.objective, chunk_rows=student.chunk_rows)
         self.teacher = (teacher, weight)  # in a tuple, so that its weights are not trained
 
-    def forward(self, batch: Batch, measured_pairs: Pairs | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, measured_pairs: Pairs | None = None, **options: Any) -> dict[str, Tensor]:
         """The student's sums."""
         teacher, weight = self.teacher
         layers = tuple(batch.targets)
@@ -66,7 +66,8 @@ class DenseStudent(Student):
             rows = {layer: teacher.normed(rows_at(hidden[layer], batch.is_target), layer) for layer in layers}
             targets = {layer: whole_targets(states, teacher) for layer, states in rows.items()}
         tail = SketchTail(weight, torch.zeros(len(weight)))
-        return super().forward(replace(batch, targets=targets, tails=dict.fromkeys(layers, tail)), measured_pairs)
+        dense = replace(batch, targets=targets, tails=dict.fromkeys(layers, tail))
+        return super().forward(dense, measured_pairs, **options)
 
 
 def whole_targets(states: Tensor, teacher: LogitLens) -> SparseTargets:

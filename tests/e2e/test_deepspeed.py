@@ -1,5 +1,6 @@
 """Two CPU ranks under DeepSpeed give the losses and weights of one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,6 +106,39 @@ def test_a_student_sharded_by_zero_3_is_saved_whole(cache, tiny_model_folder, tm
     one, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "three"))
     for name in one:
         torch.testing.assert_close(three[name], one[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_measure_and_select_as_one_process_does(cache, tiny_model_folder, tmp_path, stage: int) -> None:
+    """Five rows to answer, on two ranks."""
+    student = tiny_model_folder("llama", num_layers=3, seed=1)
+    file = tmp_path / "zero.json"
+    file.write_text(
+        '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",'
+        f' "zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0}}}}'
+    )
+    rows = cache.parent / "rows.jsonl"
+    held_out = {
+        "eval_cache": cache, "eval_dataset": str(rows), "eval_limit": 5, "eval_max_new_tokens": 6, "eval_steps": 2,
+        "max_length": 300, "metric_for_best_model": "kl",
+    }  # fmt: skip
+    config = {"student": str(student), "cache": cache, "per_device_train_batch_size": 8, **SETTINGS, **held_out}
+    run_train(TrainConfig(output_dir=tmp_path / "one", load_best_model_at_end=True, **config))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in held_out.items()]
+    launch(student, cache, tmp_path / "two", f"--deepspeed={file}", "--load-best-model-at-end", *flags)
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 2, 3, 4, 4]
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"train/tokens_per_s", "train/data_wait", "train/peak_memory_gb"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    samples = [json.loads((tmp_path / name / "lens_samples.json").read_text()) for name in ("one", "two")]
+    assert samples[0]["step"] == samples[1]["step"]
+    for mine, theirs in zip(samples[1]["examples"], samples[0]["examples"], strict=True):
+        assert mine["pairs"][0]["jsd"] == pytest.approx(theirs["pairs"][0]["jsd"], abs=1e-3)
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one"))
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("task", ["fkl", "akl"])

@@ -106,6 +106,8 @@ def test_values_and_gradients_are_those_of_the_plain_twin(
     sums = fused_losses(case.hidden, head, groups, chunk_rows=chunk_rows)
     torch.testing.assert_close(sums.total, plain.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(1.5 * sums.each.sum(), plain.detach(), rtol=1e-9, atol=1e-9)
+    kept = case.logits(scale, softcap).softmax(-1).gather(-1, case.targets.ids) * case.targets.is_kept
+    torch.testing.assert_close(sums.on_support.sum(), kept.sum().detach(), rtol=1e-9, atol=1e-9)
     wanted = torch.autograd.grad(3 * plain, case.inputs)
     assert_gradients_close(torch.autograd.grad(3 * sums.total, case.inputs), wanted)
 

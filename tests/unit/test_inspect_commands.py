@@ -382,6 +382,7 @@ def test_the_examples_at_the_end_of_each_help_are_valid_commands(
 ) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "other").mkdir()
+    (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     text = said(run(name, "--help"))
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith("distilllens inspect")]

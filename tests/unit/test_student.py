@@ -138,7 +138,9 @@ def test_measuring_counts_agreement_and_calibration_over_the_same_rows(tiny_mode
     assert sums["agrees"].item() == (top == batch.targets[6].ids[:, 0]).sum().item()
     assert sums["correct"].sum().item() == (top == batch.next_ids).sum().item()
     assert sums["confidence"].sum().item() == pytest.approx(logits.softmax(-1).max(-1).values.sum().item(), rel=1e-4)
-    assert set(sums) == {"kl", "ce", "agrees", "confidence", "correct", "lens/1:2", "lens_low/1:2", "lens_high/1:2"}
+    of_lens = {f"{name}/1:2" for name in ("lens", "lens_low", "lens_high", "kept_mass", "student_mass")}
+    of_final = {"kl", "ce", "agrees", "confidence", "correct", "kept_mass/final", "student_mass/final"}
+    assert set(sums) == of_lens | of_final
 
 
 @pytest.fixture(params=["fused", "plain"])
@@ -252,3 +254,21 @@ def test_limits_are_of_the_rows_that_are_read_and_of_jensen_and_shannon_alone(ti
         torch.testing.assert_close(sum(one[name] for one in sums) / 4, whole[name], atol=1e-4, rtol=1e-5)
     other = build(tiny_model, objective=dataclasses.replace(OBJECTIVE, lens_divergence="fkl"))
     assert set(other(batch_of(some))) == {"total", "ce", "task", "lens/1:2", "lens/3:4"}
+
+
+@pytest.mark.parametrize("divergence", ["fkl", "jsd", "tvd"])
+@pytest.mark.parametrize("measures", [False, True])
+def test_the_masses_are_those_of_the_kept_tokens_in_the_whole_distributions(
+    tiny_model, divergence: str, measures: bool
+) -> None:
+    objective = dataclasses.replace(OBJECTIVE, task=divergence, lens_divergence=divergence)
+    student, batch = build(tiny_model, objective=objective), batch_of(examples())
+    with torch.no_grad():
+        sums = student(batch, measured_pairs=objective.pairs) if measures else student(batch)
+        hidden = student.lens.hidden_states(batch.input_ids, batch.attention_mask, [1, 3, 4])
+        for where, layer, teacher in (("1:2", 1, 2), ("3:4", 3, 4), ("final", 4, 6)):
+            targets = batch.targets[teacher]
+            q = student.lens.logits(hidden[layer][batch.is_target], layer).double().softmax(-1)
+            assert sums[f"student_mass/{where}"].item() == pytest.approx(q.gather(-1, targets.ids).sum().item())
+            kept = targets.log_probs.double().exp().sum().item()
+            assert sums[f"kept_mass/{where}"].item() == pytest.approx(kept, rel=1e-4)

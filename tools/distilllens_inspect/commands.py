@@ -144,9 +144,12 @@ def verify(context: click.Context, cache: "Path | CacheFolder", workers: int | N
         context.exit(CHECK_FAILED)
 
 
-@inspect.command(short_help="Write one HTML page with heat maps.")
-@click.argument("cache", type=_Folder)
-@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The page to write.")
+@inspect.command(short_help="Write one HTML page with heat maps and curves.")
+@click.argument("cache", type=_Folder, required=False)
+@click.option("--run", type=_Folder, metavar="RUN", help="Output folder of `distilllens train`, done or under way.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="FILE", help="The page to write. [report.html in RUN]"
+)
 @click.option("--examples", metavar="LIST", help="Examples such as 0,1,2. Default: the first ones.")
 @click.option(
     "--num-examples",
@@ -163,13 +166,23 @@ def verify(context: click.Context, cache: "Path | CacheFolder", workers: int | N
     help="Most targets shown of one example.",
 )
 def report(
-    cache: "Path | CacheFolder", output: Path, examples: str | None, num_examples: int, max_positions: int
+    cache: "Path | CacheFolder | None",
+    run: Path | None,
+    output: Path | None,
+    examples: str | None,
+    num_examples: int,
+    max_positions: int,
 ) -> None:
-    """Write one HTML page about CACHE: its numbers, and heat maps of layers by tokens. It needs no network.
+    """Write one HTML page about CACHE, about RUN, or about both. It needs no network.
+
+    Of a cache it shows numbers, and heat maps of layers by tokens; of a training run the curves, and the student's
+    lens beside the teacher's, layer pair by token.
 
     \b
     Examples:
       distilllens inspect report cache/ --output report.html
+      distilllens inspect report --run run/
+      distilllens inspect report cache/ --run run/ --output report.html
       distilllens inspect report cache/ --output report.html --examples 0,7,12 --max-positions 200
     """
     from distilllens_cache import CacheReader
@@ -177,9 +190,15 @@ def report(
     from distilllens_inspect.console import bytes_text
     from distilllens_inspect.report import write_report
 
-    reader = CacheReader(cache)
-    chosen = choose_examples(examples, num_examples, len(reader))
-    size = write_report(reader, output, examples=chosen, max_positions=max_positions)
+    if cache is None and run is None:
+        raise click.UsageError("nothing to report on: give a cache, --run, or both")
+    if output is None:
+        if run is None:
+            raise click.UsageError("say where the page goes: --output FILE")
+        output = run / "report.html"
+    reader = CacheReader(cache) if cache is not None else None
+    chosen = choose_examples(examples, num_examples, len(reader)) if reader is not None else []
+    size = write_report(reader, output, examples=chosen, max_positions=max_positions, run=run)
     click.echo(f"Wrote {output} ({bytes_text(size)}). Open it in a browser.")
 
 

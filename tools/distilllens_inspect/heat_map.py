@@ -123,27 +123,11 @@ class _Details:
         return {"tokens": [self._token_text.shown(token) for token in self._number_of], "rows": self._rows}
 
     def _entry(self, reading: Reading) -> dict[str, Any]:
-        top = reading.top(TOP_SHOWN)
-        entry: dict[str, Any] = {
-            "top": [[self._number(token), _short(probability)] for token, probability in top],
-            "rest": _short(reading.rest),
-            "entropy": round(reading.entropy, 3),
-            "next": _short(reading.next_bound),
-        }
-        if reading.next_rank is not None:
-            entry["rank"] = reading.next_rank
-        if len(reading.token_ids) > TOP_SHOWN:
-            others = reading.probabilities[TOP_SHOWN:]
-            entry["others"] = [len(others), _short(sum(others))]
-        return entry
+        entry = reading.entry(TOP_SHOWN)
+        return entry | {"top": [[self._number(token), probability] for token, probability in entry["top"]]}
 
     def _number(self, token_id: int) -> int:
         return self._number_of.setdefault(token_id, len(self._number_of))
-
-
-def _short(value: float) -> float:
-    """Enough digits to read, few enough to keep the page small."""
-    return float(f"{value:.3g}")
 
 
 def _pieces(

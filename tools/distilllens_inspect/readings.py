@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,11 +47,31 @@ class Reading:
             return probability
         return min([self.rest, *self.probabilities[-1:]])
 
+    def entry(self, count: int) -> dict[str, Any]:
+        """The likeliest ``count`` tokens and the numbers behind a cell, as JSON; ids stand for tokens."""
+        entry: dict[str, Any] = {
+            "top": [[token, short(probability)] for token, probability in self.top(count)],
+            "rest": short(self.rest),
+            "entropy": round(self.entropy, 3),
+            "next": short(self.next_bound),
+        }
+        if self.next_rank is not None:
+            entry["rank"] = self.next_rank
+        if len(self.token_ids) > count:
+            others = self.probabilities[count:]
+            entry["others"] = [len(others), short(sum(others))]
+        return entry
+
     @property
     def entropy(self) -> float:
         """Entropy of the kept tokens and the rest as one cell, in nats: a lower bound of the full entropy."""
         cells = [*self.probabilities, self.rest]
         return max(0.0, -math.fsum(p * math.log(p) for p in cells if p > 0))
+
+
+def short(value: float) -> float:
+    """Enough digits to read, few enough to keep a page small."""
+    return float(f"{value:.3g}")
 
 
 def read_layer(example: CachedExample, layer: int) -> list[Reading]:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a cache: its numbers, and heat maps of what the teacher says."""
+"""One self-contained HTML page about a cache, a training run, or both: numbers, curves and heat maps."""
 
 import base64
 import hashlib
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -16,6 +17,7 @@ from distilllens_cache import CacheReader
 from distilllens_inspect.colours import DARK, LIGHT, Step, step_labels
 from distilllens_inspect.console import bytes_text
 from distilllens_inspect.heat_map import HeatMap, make_heat_map
+from distilllens_inspect.run_page import RunPage, open_run_page
 from distilllens_inspect.summary import Summary, identity_rows, summarize, warnings_of
 from distilllens_inspect.text import TokenText, one_line
 
@@ -48,30 +50,32 @@ class ByteRow:
     length: str
 
 
-def write_report(reader: CacheReader, output: Path, *, examples: Sequence[int], max_positions: int) -> int:
-    """Write the page and give its size in bytes. The same cache and choices give the same bytes."""
+def write_report(
+    reader: CacheReader | None, output: Path, *, examples: Sequence[int], max_positions: int, run: Path | None = None
+) -> int:
+    """Write the page about a cache, a run, or both, and give its size in bytes. Equal input gives equal bytes."""
     check_output(output)
-    token_text = TokenText.of_folder(reader.tokenizer_folder)
-    maps = [make_heat_map(reader[number], token_text, max_positions=max_positions) for number in examples]
-    page = render(summarize(reader), maps).encode("utf-8")
+    token_text = TokenText.of_folder(reader.tokenizer_folder) if reader is not None else None
+    run_page = open_run_page(run, token_text, max_positions=max_positions) if run is not None else None
+    maps: list[HeatMap] = []
+    if reader is not None and token_text is not None:
+        maps = [make_heat_map(reader[number], token_text, max_positions=max_positions) for number in examples]
+    page = render(summarize(reader) if reader is not None else None, maps, run_page).encode("utf-8")
     _write_whole(output, page)
     return len(page)
 
 
-def render(summary: Summary, maps: Sequence[HeatMap]) -> str:
-    """The page as text. Everything from the cache is escaped; the only script is ours, named by its hash."""
+def render(summary: Summary | None, maps: Sequence[HeatMap], run: RunPage | None = None) -> str:
+    """The page as text. Everything from files is escaped; the only script is ours, named by its hash."""
     style = _own_file("report.css") + _step_styles()
     script = _own_file("report.js")
+    assert summary is not None or run is not None, "a page about nothing"
+    title = _title(summary) if summary is not None else f"Training run: {run.name}" if run is not None else ""
     return _template().render(
+        title=title,
         summary=summary,
-        teacher=one_line(summary.identity["teacher"]),
-        facts=_facts(summary),
-        warnings=warnings_of(summary),
-        identity=[(name, one_line(value)) for name, value in identity_rows(summary)],
-        measures=MEASURES,
-        layer_rows=_layer_rows(summary),
-        byte_rows=_byte_rows(summary),
-        total_bytes=bytes_text(summary.total_bytes),
+        **(_of_cache(summary) if summary is not None else {}),
+        run=run,
         step_labels=step_labels(),
         maps=maps,
         style=Markup(style),
@@ -79,6 +83,23 @@ def render(summary: Summary, maps: Sequence[HeatMap]) -> str:
         script=Markup(script),
         script_hash=_csp_hash(script),
     )
+
+
+def _title(summary: Summary) -> str:
+    return f"Teacher cache: {one_line(summary.identity['teacher'])}"
+
+
+def _of_cache(summary: Summary) -> dict[str, Any]:
+    return {
+        "teacher": one_line(summary.identity["teacher"]),
+        "facts": _facts(summary),
+        "warnings": warnings_of(summary),
+        "identity": [(name, one_line(value)) for name, value in identity_rows(summary)],
+        "measures": MEASURES,
+        "layer_rows": _layer_rows(summary),
+        "byte_rows": _byte_rows(summary),
+        "total_bytes": bytes_text(summary.total_bytes),
+    }
 
 
 @cache
