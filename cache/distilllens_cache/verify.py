@@ -63,7 +63,7 @@ Progress = Callable[[str, int, int], None]
 
 def verify_cache(folder: Path | str | CacheFolder, progress: Progress | None = None) -> VerifyReport:
     """Check every file of a cache: digests, schema, meaning, sums, canary. A bad cache never raises."""
-    return _Check(open_folder(folder), progress).run()
+    return _Check(open_folder(folder).anew(), progress).run()
 
 
 class _Check:
