@@ -15,6 +15,10 @@ from distilllens_cache.spool import Spool
 class CacheFolder(Protocol):
     """A place that a cache's files are read from. Its ``str`` is what the user called it."""
 
+    def anew(self) -> "CacheFolder":
+        """The same folder, read where it lies, whatever copies this machine has."""
+        ...
+
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
         ...
@@ -44,6 +48,9 @@ class LocalFolder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def anew(self) -> "LocalFolder":
+        return self
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()

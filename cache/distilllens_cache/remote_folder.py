@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +27,14 @@ class RemoteFolder:
 
     url: str
     spool: Spool
+    is_spooled: bool = True
+    """Whether files are taken from the spool, and kept there."""
 
     def __str__(self) -> str:
         return self.url
+
+    def anew(self) -> "RemoteFolder":
+        return replace(self, is_spooled=False)
 
     def exists(self, name: str) -> bool:
         def look() -> bool:
@@ -59,6 +64,8 @@ class RemoteFolder:
                 f"{record.name} in {self} is said to have {record.size} bytes; at most {max_bytes} are read. "
                 f"This is no cache of ours."
             )
+        if not self.is_spooled:
+            return self._fetch_recorded(record)
         return self.spool.read(record, lambda: self._fetch_recorded(record))
 
     def tokenizer(self, records: Sequence[FileRecord]) -> Path:

@@ -37,7 +37,7 @@ class Spool:
 
     folder: Path = field(default_factory=default_folder)
     max_bytes: int = DEFAULT_BYTES
-    """Most bytes of all files together. A larger file is not kept."""
+    """Most bytes of all files together, unpacked tokenizers not counted. A larger file is not kept."""
 
     def read(self, record: FileRecord, fetch: Callable[[], bytes]) -> bytes:
         """The bytes of a recorded file: from the spool, or from ``fetch``, which gives sound bytes or raises."""

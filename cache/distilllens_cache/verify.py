@@ -72,7 +72,7 @@ def verify_cache(
     Shards are checked by ``workers`` threads at a time (default: one for each core); the report does not
     depend on how many.
     """
-    return _Check(open_folder(folder), progress, workers or num_cores()).run()
+    return _Check(open_folder(folder).anew(), progress, workers or num_cores()).run()
 
 
 def num_cores() -> int:

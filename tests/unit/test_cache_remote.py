@@ -231,7 +231,7 @@ def _read_all(url: str, spool: Spool, opened: Any) -> None:
 def test_processes_that_share_a_spool_fetch_every_file_once(url: str, tmp_path: Path) -> None:
     context: Any = multiprocessing.get_context("fork")
     opened, spool = context.Queue(), Spool(tmp_path / "spool")
-    children = [context.Process(target=_read_all, args=(url, spool, opened)) for _ in range(3)]
+    children = [context.Process(target=_read_all, args=(url, spool, opened), daemon=True) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -255,12 +255,13 @@ def test_what_a_killed_process_left_half_written_goes(url: str, tmp_path: Path) 
 
 
 def test_a_remote_cache_is_verified_like_a_local_one(url: str, tmp_path: Path) -> None:
+    everything(open_reader(url, Spool(tmp_path / "spool")))
     report = verify_cache(open_folder(url, spool=Spool(tmp_path / "spool")))
     assert report.is_sound
     memory = fsspec.filesystem("memory")
     memory.pipe(f"{url}/{SHARDS[2]}", b"junk")
     memory.pipe(f"{url}/shards/00003.json", b"junk")
-    report = verify_cache(open_folder(url, spool=Spool(tmp_path / "other")))
+    report = verify_cache(open_folder(url, spool=Spool(tmp_path / "spool")))  # whose copies are still sound
     assert {problem.file for problem in report.problems} == {SHARDS[2], "shards/00003.json"}
     memory.rm(f"{url}/manifest.json")
     assert verify_cache(url).problems[0].file == "manifest.json"
