@@ -13,6 +13,7 @@ from rich.table import Table
 
 from distilllens_cache import CacheReader, Identity, LayerTargets
 from distilllens_inspect.console import put
+from distilllens_inspect.summary import by_layer
 from distilllens_inspect.text import one_line
 
 
@@ -314,5 +315,5 @@ def _text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {part}" for key, part in value.items())
+        return by_layer(dict(sorted(value.items(), key=lambda item: int(item[0]))))
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
