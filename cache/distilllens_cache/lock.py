@@ -182,7 +182,7 @@ class WriterLock:
             try:
                 atomic.lock(handle)
                 atomic.write(handle, memoryview(f"{json.dumps(content)}\n".encode()))
-            except OSError:
+            except BaseException:
                 os.close(handle)
                 raise
         except OSError as error:

@@ -262,7 +262,8 @@ class CacheWriter:
         base_sha256 = None if self._base is None else self._base[0]
         self._sketches = SketchStore(self.folder, self.identity, self._plan_sha256, base_sha256=base_sha256)
         self._shards = ShardStore(self.folder, self._plan, self._plan_sha256, self._sketches, base=self._base)
-        if self._base is not None and (self._sketches.missing() or self._shards.missing()[0] < self._base[1]):
+        num_base = 0 if self._base is None else self._base[1]
+        if num_base and (self._sketches.missing() or min(self._shards.missing(), default=num_base) < num_base):
             raise CacheError(
                 f"{self.folder} is unfinished or damaged, so nothing can be added to it: run the same command without "
                 f"--append first, on the rows that it was begun with."
