@@ -95,16 +95,16 @@ class CacheWriter:
         atomic.make_folder(self.folder)
         self.lock = lock_of(self.folder, seat)
         """Who else is at work in the folder."""
+        self.finished = False
+        """Whether the cache is whole: nothing to do."""
         self.lock.enter(lambda: self._prepare(tokenizer, overwrite=overwrite, append=append))
         try:
             self._open(append=append)
         except BaseException:
             self.close()
             raise
-        self.finished = self._is_finished()
-        """Whether the cache is whole: nothing to do."""
-        if self.finished:
-            self.close()
+        if self._is_finished():
+            self._end()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -114,7 +114,7 @@ class CacheWriter:
 
     def close(self) -> None:
         """Let others write in the folder; what is done stays done."""
-        self.lock.leave()
+        self.lock.leave(is_done=self.finished)
 
     def missing_sketches(self) -> list[int]:
         """Layers whose sketch is still to be written, ascending."""
