@@ -63,14 +63,17 @@ def start(plan: Plan, rank: Ranks) -> Path | CacheError | KeyboardInterrupt:
 
 
 def run_ranks(config: CacheTeacherConfig, world_size: int, tmp_path: Path, *, stop: int | None = None) -> list[Any]:
-    """What becomes of each rank, a thread with a teacher of its own; rank ``stop`` is stopped at its second shard."""
+    """What becomes of each rank, a thread with a teacher of its own; rank ``stop`` is stopped at its second shard.
+
+    Two passes over one example come before, to see whether they agree.
+    """
     plans = [open_plan(config, tmp_path / f"tokenizer-{rank}") for rank in range(world_size)]
     if stop is not None:
         passes: list[object] = []
 
         def run_once(*args: Any, run: Any = plans[stop].teacher.__class__.run, **settings: Any) -> Any:
             passes.append(None)
-            if len(passes) == 2:
+            if len(passes) == 4:
                 raise KeyboardInterrupt
             return run(*args, **settings)
 
