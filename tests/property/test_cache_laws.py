@@ -342,6 +342,7 @@ def test_shards_written_in_any_order_by_any_number_of_runs_give_the_same_bytes(
     assert files_of(folder) == wanted
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 500), st.integers(1, 10_000), max_size=30), st.integers(1, 8))
 def test_ranks_share_the_shards_without_gap_or_overlap_and_evenly(num_tokens: dict[int, int], world_size: int) -> None:
     shares = share_shards(num_tokens, world_size)
