@@ -205,8 +205,6 @@ def test_a_device_map_that_cannot_be_is_a_sentence(teacher, rows, tmp_path, monk
             run(device_map=text)
     with pytest.raises(ValueError, match="--device cpu and --device-map auto: give one of them"):
         run(device_map="auto", device="cpu")
-    with pytest.raises(ValueError, match=r"could not be loaded as a model"):
-        run(device_map='{"model.embed_tokens": "cpu"}')
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="each of the 4 or more ranks on this machine"):
         run(device_map="auto")
