@@ -54,6 +54,8 @@ def cache_teacher(config: CacheTeacherConfig) -> None:
           --top-k final=64,lens=32 --output-dir cache/ --dry-run
       distilllens cache-teacher --config cache.yaml --limit 1000
       distilllens cache-teacher --config cache.yaml --repair
+      torchrun --nproc-per-node 4 -m distilllens cache-teacher --config cache.yaml
+      distilllens cache-teacher --teacher big/ --dataset rows.jsonl --output-dir cache/ --append more.jsonl
     """
     from distilllens.cache_teacher import run_cache_teacher
     from distilllens.repair import run_repair

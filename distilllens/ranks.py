@@ -73,9 +73,9 @@ class Ranks:
 
         while ranks := waiting():
             waited = time.monotonic() - started
-            here = {rank for rank in ranks if writer.lock.is_alive(rank)}
-            came |= here
-            gone = {rank for rank in ranks - here if rank in came or waited >= seconds_to_come}
+            lives = {rank: writer.lock.is_alive(rank) for rank in ranks}
+            came |= {rank for rank in ranks if lives[rank] is not None}
+            gone = {rank for rank in ranks if not lives[rank] and (rank in came or waited >= seconds_to_come)}
             if gone := gone & waiting():  # it may have done its part just before it went
                 raise CacheError(self._gone(sorted(gone), what, waited, has_come=not seconds_to_come or gone <= came))
             if waited > SECONDS_IN_SILENCE and not is_told:

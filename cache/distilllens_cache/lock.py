@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from distilllens_cache import atomic, layout
 from distilllens_cache.errors import CacheError
@@ -29,6 +30,8 @@ SECONDS_AT_THE_DOOR = 600.0
 """Longest wait for another process that takes its seat, and may have a large cache to delete before."""
 SECONDS_TO_LEAVE = 5.0
 """Longest wait at the door on the way out, where nothing but its own file is at stake."""
+LEFT = "left"
+"""What a rank leaves in its seat that went before its part was done."""
 MAX_SEAT_BYTES = 64 << 10
 
 
@@ -72,7 +75,7 @@ class WriterLock:
         self.seat = seat
         self._path = folder / layout.seat_name(seat.rank)
         self._handle: int | None = None
-        self._finalizer: Callable[[], object] | None = None
+        self._finalizer: Any = None
         self._beats: dict[str, tuple[int, float]] = {}
         """By seat of another host: when it was touched last by its own clock, and when we saw that by ours."""
 
@@ -86,8 +89,12 @@ class WriterLock:
                 others = self._others()
                 if None not in others.values():
                     if not others:
+                        for path in _seats(self.folder):  # all dead: they were silent, or are surely gone
+                            if self._handle is None or path != self._path:
+                                atomic.remove(path)
                         prepare()
                     if self._handle is None:
+                        atomic.remove(self._path)
                         self._take()
                     return
             time.sleep(SECONDS_BETWEEN_BEATS / 10)
@@ -103,21 +110,22 @@ class WriterLock:
     def mark(self, text: str) -> None:
         """Tell the other ranks something, in one line; `marks` reads it."""
         assert self._handle is not None
-        os.lseek(self._handle, 0, os.SEEK_END)
-        atomic.write(self._handle, memoryview(f"{text}\n".encode()))
+        _append(self._handle, text)
 
     def marks(self, rank: int) -> tuple[str, ...]:
         """What a rank of this run has told, in its order."""
         holder = read_holder(self.folder / layout.seat_name(rank))
         return holder.marks if holder is not None and holder.run == self.seat.run else ()
 
-    def is_alive(self, rank: int) -> bool:
-        """Whether a rank of this run has its seat, and lives as far as can be told."""
+    def is_alive(self, rank: int) -> bool | None:
+        """Whether a rank of this run lives, as far as can be told; None if it has not come, or has done its part."""
         if rank == self.seat.rank:
             return self._handle is not None
         path = self.folder / layout.seat_name(rank)
         holder = read_holder(path)
-        return holder is not None and holder.run == self.seat.run and self._lives(path, holder) is not False
+        if holder is None or holder.run != self.seat.run:
+            return None
+        return self._lives(path, holder) is not False
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -125,14 +133,14 @@ class WriterLock:
         with _door(self.folder):
             yield
 
-    def leave(self) -> None:
-        """Give the seat back. The last writer takes the door's file with it."""
-        if self._finalizer is not None:
-            self._finalizer()
+    def leave(self, *, is_done: bool) -> None:
+        """Give the seat back. A rank whose part is not done leaves word for the others, until a run begins anew."""
+        if self._finalizer is not None and (parts := self._finalizer.detach()) is not None:
+            parts[1](is_done or self.seat.world_size == 1)
         self._handle = self._finalizer = None
 
     def _others(self) -> dict[Holder, bool | None]:
-        """Living writers but this one; None for one of another run of which nobody knows yet. Forgets dead ones."""
+        """Living writers but this one; None for one of another run of which nobody knows yet."""
         found: dict[Holder, bool | None] = {}
         for path in _seats(self.folder):
             if path == self._path and self._handle is not None:
@@ -143,11 +151,10 @@ class WriterLock:
             lives = self._lives(path, holder)
             is_ours = holder.run == self.seat.run and holder.rank != self.seat.rank
             if lives is False:
-                atomic.remove(path)
-            elif lives and not is_ours:
+                continue
+            if lives and not is_ours:
                 raise held(self.folder, holder, path)
-            else:
-                found[holder] = True if is_ours else lives
+            found[holder] = True if is_ours else lives
         return found
 
     def _lives(self, path: Path, holder: Holder) -> bool | None:
@@ -155,7 +162,7 @@ class WriterLock:
         try:
             if atomic.is_locked(path):
                 return True
-            if holder.run is None or holder.host == socket.gethostname():
+            if holder.run is None or LEFT in holder.marks or holder.host == socket.gethostname():
                 return False
             beat = path.stat().st_mtime_ns
         except FileNotFoundError:
@@ -182,7 +189,7 @@ class WriterLock:
             try:
                 atomic.lock(handle)
                 atomic.write(handle, memoryview(f"{json.dumps(content)}\n".encode()))
-            except OSError:
+            except BaseException:
                 os.close(handle)
                 raise
         except OSError as error:
@@ -192,7 +199,7 @@ class WriterLock:
         beats.start()
         self._handle = handle
         leave = _Leave(self.folder, self._path, handle, stop, beats, os.getpid())
-        self._finalizer = weakref.finalize(self, leave)
+        self._finalizer = weakref.finalize(self, leave, self.seat.world_size == 1)
 
 
 _held: "weakref.WeakValueDictionary[tuple[int, Path, Seat], WriterLock]" = weakref.WeakValueDictionary()
@@ -244,6 +251,22 @@ def held(folder: Path, holder: Holder, path: Path) -> CacheError:
         f"{folder} is being written by another run: {holder}. Wait until it is done, stop it, or choose another "
         f"--output-dir. If you know that it is gone, delete {path}."
     )
+
+
+def _append(handle: int, line: str) -> None:
+    os.lseek(handle, 0, os.SEEK_END)
+    atomic.write(handle, memoryview(f"{line}\n".encode()))
+
+
+def _forget_dead(folder: Path) -> None:
+    """Delete the seats of writers that are surely gone."""
+    for path in _seats(folder):
+        holder = read_holder(path)
+        if holder is None:
+            continue
+        is_of_here = holder.run is None or LEFT in holder.marks or holder.host == socket.gethostname()
+        if is_of_here and not atomic.is_locked(path):
+            atomic.remove(path)
 
 
 def _seats(folder: Path) -> list[Path]:
@@ -307,17 +330,19 @@ class _Leave:
     beats: threading.Thread
     pid: int
 
-    def __call__(self) -> None:
+    def __call__(self, is_done: bool) -> None:
         if os.getpid() != self.pid:
             return  # a fork: the seat is its parent's
         self.stop.set()
         self.beats.join()
         try:
-            # First the seat, then the door: whoever is inside meanwhile takes the door's file away instead.
-            if atomic.is_at(self.handle, self.path):
+            if not is_done:
+                _append(self.handle, LEFT)
+            elif atomic.is_at(self.handle, self.path):
+                # First the seat, then the door: whoever is inside meanwhile takes the door's file away instead.
                 atomic.remove(self.path)
                 with _door(self.folder, seconds=SECONDS_TO_LEAVE):
-                    pass
+                    _forget_dead(self.folder)
         except (CacheError, OSError):
             pass  # the next run finds a seat whose process is gone
         finally:

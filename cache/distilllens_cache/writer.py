@@ -97,16 +97,16 @@ class CacheWriter:
         atomic.make_folder(self.folder)
         self.lock = lock_of(self.folder, seat)
         """Who else is at work in the folder."""
+        self.finished = False
+        """Whether the cache is whole: nothing to do."""
         self.lock.enter(lambda: self._prepare(tokenizer, overwrite=overwrite, append=append))
         try:
             self._open(append=append)
         except BaseException:
             self.close()
             raise
-        self.finished = self._is_finished()
-        """Whether the cache is whole: nothing to do."""
-        if self.finished:
-            self.close()
+        if self._is_finished():
+            self._end()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -116,7 +116,7 @@ class CacheWriter:
 
     def close(self) -> None:
         """Let others write in the folder; what is done stays done."""
-        self.lock.leave()
+        self.lock.leave(is_done=self.finished)
 
     def missing_sketches(self) -> list[int]:
         """Layers whose sketch is still to be written, ascending."""
@@ -264,7 +264,8 @@ class CacheWriter:
         base_sha256 = None if self._base is None else self._base[0]
         self._sketches = SketchStore(self.folder, self.identity, self._plan_sha256, base_sha256=base_sha256)
         self._shards = ShardStore(self.folder, self._plan, self._plan_sha256, self._sketches, base=self._base)
-        if self._base is not None and (self._sketches.missing() or self._shards.missing()[0] < self._base[1]):
+        num_base = 0 if self._base is None else self._base[1]
+        if num_base and (self._sketches.missing() or min(self._shards.missing(), default=num_base) < num_base):
             raise CacheError(
                 f"{self.folder} is unfinished or damaged, so nothing can be added to it: run the same command without "
                 f"--append first, on the rows that it was begun with."

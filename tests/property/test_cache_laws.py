@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilllens_cache import CacheError, CacheReader, SketchSpec, TailSpec, atomic, verify_cache
+from distilllens_cache import CacheError, CacheReader, SketchSpec, TailSpec, atomic, share_shards, verify_cache
 from distilllens_cache.codec import find_codec
 from distilllens_cache.shard import Expected, decode_shard, encode_shard
 from distilllens_cache.tail_rows import decode_tail_rows, encode_tail_rows, pack_codes, unpack_codes
@@ -340,3 +340,16 @@ def test_shards_written_in_any_order_by_any_number_of_runs_give_the_same_bytes(
     cache.write_shards(cache.writer(folder), order[1:3])
     cache.write(folder)
     assert files_of(folder) == wanted
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 500), st.integers(1, 10_000), max_size=30), st.integers(1, 8))
+def test_ranks_share_the_shards_without_gap_or_overlap_and_evenly(num_tokens: dict[int, int], world_size: int) -> None:
+    shares = share_shards(num_tokens, world_size)
+    assert len(shares) == world_size
+    assert sorted(number for share in shares for number in share) == sorted(num_tokens)
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(num_tokens[number] for number in share) for share in shares]
+    for share, load in zip(shares, loads, strict=True):
+        assert load - min(loads) <= min((num_tokens[number] for number in share), default=0)
+    assert share_shards(dict(reversed(num_tokens.items())), world_size) == shares

@@ -253,7 +253,13 @@ def test_a_rank_of_the_same_run_joins_and_another_of_its_number_does_not(tmp_pat
     with pytest.raises(CacheError, match="another run"):
         cache.writer(tmp_path / "cache", seat=Seat(1, 2, "two"))
     second.close()
-    assert not first.lock.is_alive(1)
+    assert first.lock.is_alive(1) is False
+    second = cache.writer(tmp_path / "cache", seat=Seat(1, 2, "one"))
+    assert first.lock.is_alive(1)
+    cache.write(tmp_path / "cache", seat=Seat(0, 2, "one"))
+    assert second.look_again()
+    assert first.lock.is_alive(1) is None
+    assert locks_in(tmp_path / "cache") == []
 
 
 def test_a_seat_of_another_host_counts_while_it_beats_and_is_taken_over_once_it_is_silent(
