@@ -24,11 +24,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / part) for part in ("cache", "tools", "scripts"))]
 
-import numpy
-import pyarrow
-import pydantic
+import numpy  # noqa: E402
+import pyarrow  # noqa: E402
+import pydantic  # noqa: E402
 
-from faultlab.table import ROWS, Bench, Row
+from faultlab.table import ROWS, Bench, Row  # noqa: E402
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import random
 import runpy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Material:
                 record.name.removeprefix(f"{layout.TOKENIZER}/"): (folder / record.name).read_bytes()
                 for record in manifest.tokenizer_files
             },
-            shards=[range(start, stop) for start, stop in zip(stops, stops[1:], strict=False)],
+            shards=[range(start, stop) for start, stop in pairwise(stops)],
             examples=examples,
             tails=tails,
             sketches={
