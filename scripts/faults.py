@@ -76,7 +76,7 @@ def measure(row: Row, trials: int | None, arguments: argparse.Namespace) -> dict
     print(f"{row.name}: {tally.trials} trials, {tally.num_faults} faults ({tally})", file=sys.stderr)
     return {
         "trials": tally.trials,
-        "cut_short": time.monotonic() > until and tally.trials < (trials or 0),
+        "cut_short": time.monotonic() > until and (trials is None or tally.trials < trials),
         "counts": dict(tally.counts),
         "num_faults": tally.num_faults,
         "faults": tally.faults,
