@@ -24,11 +24,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / part) for part in ("cache", "tools", "scripts"))]
 
-import numpy
-import pyarrow
-import pydantic
+import numpy  # noqa: E402
+import pyarrow  # noqa: E402
+import pydantic  # noqa: E402
 
-from faultlab.table import ROWS, Bench, Row
+from faultlab.table import ROWS, Bench, Row  # noqa: E402
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def measure(row: Row, trials: int | None, arguments: argparse.Namespace) -> dict
     print(f"{row.name}: {tally.trials} trials, {tally.num_faults} faults ({tally})", file=sys.stderr)
     return {
         "trials": tally.trials,
-        "cut_short": time.monotonic() > until and tally.trials < (trials or 0),
+        "cut_short": time.monotonic() > until and (trials is None or tally.trials < trials),
         "counts": dict(tally.counts),
         "num_faults": tally.num_faults,
         "faults": tally.faults,

@@ -57,7 +57,7 @@ def read_plain(folder: Path, name: str, *, max_bytes: int) -> bytes:
                 raise CacheError(
                     f"{name} in {folder} has {state.st_size} bytes, expected are at most {max_bytes}. {REPAIR}"
                 )
-            return file.read(max_bytes + 1)
+            return file.read(state.st_size + 1)  # read allocates what it is asked for, at once
     except FileNotFoundError:
         raise CacheError(f"{name} is missing in {folder}. {REPAIR}") from None
     except OSError as error:

@@ -21,11 +21,12 @@ def restore_plan(folder: Path) -> bool:
     manifest is damaged too.
     """
     name = f"{layout.MANIFEST} in {folder}"
+    found, damage = None, ""
     try:
         found = read_plain(folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
         from_bytes(Plan, found, name=layout.PLAN)
     except CacheError as error:
-        found, damage = None, error
+        found, damage = None, str(error)
     try:
         manifest = from_bytes(Manifest, read_manifest(open_folder(folder)), name=name)
     except CacheError as error:

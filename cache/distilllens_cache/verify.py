@@ -342,6 +342,8 @@ def _check_sidecar(reader: CacheReader, number: int, examples: list[CachedExampl
         raise CacheError("sidecar and manifest contradict each other")
     if sidecar.sketches_sha256 != sketches_digest(manifest.sketches, plan_sha256=manifest.plan_sha256):
         raise CacheError("its codes belong to other sketches than those of the manifest")
+    if tuple(sorted(sidecar.layer_stats)) != manifest.identity.layers:
+        raise CacheError(f"it has statistics of the layers {sorted(sidecar.layer_stats)}, not of the cache's")
     for layer, stats in sidecar.layer_stats.items() if examples else ():
         num_ids = sum(len(example.targets[layer].ids) for example in examples)
         if (stats.num_targets, stats.num_ids) != (sidecar.shard.num_targets, num_ids):

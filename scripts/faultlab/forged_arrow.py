@@ -11,25 +11,8 @@ import pyarrow.ipc
 from faultlab.seals import Files
 
 NUMBERS = (
-    0,
-    1,
-    -1,
-    2,
-    7,
-    8,
-    64,
-    255,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**31,
-    -(2**31),
-    2**32 - 1,
-    2**33,
-    2**40,
-    2**62,
-    2**63 - 1,
-    -(2**63),
+    *(0, 1, -1, 2, 7, 8, 64, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, -(2**31)),
+    *(2**32 - 1, 2**33, 2**40, 2**62, 2**63 - 1, -(2**63)),
 )
 
 
@@ -49,7 +32,7 @@ def bytes_drawn_anew(rng: random.Random, data: bytes) -> bytes:
 
 
 def numbers_overwritten(rng: random.Random, data: bytes) -> bytes:
-    """Lengths, offsets and counts that lie: whole words of the flatbuffers and of the sizes before compressed buffers."""
+    """Lengths, offsets and counts that lie: whole words of the flatbuffers, and the sizes before compressed buffers."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         width, code = rng.choice([(8, "<q"), (8, "<q"), (4, "<i"), (2, "<h"), (1, "<b")])

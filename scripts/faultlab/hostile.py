@@ -83,7 +83,8 @@ class Trapped(Forged):
             put_files(folder, self.files[source])
             self._sound[folder] = self._sound[source]
             trap(rng, folder)
-            return self._read(folder)
+            outcome = self._read(folder)
+            return Outcome("taken", "what is no file was taken for one") if "accepted" in outcome.what else outcome
         finally:
             del self._sound[folder]
             shutil.rmtree(folder)

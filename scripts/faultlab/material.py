@@ -3,8 +3,9 @@
 import os
 import random
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Material:
                 record.name.removeprefix(f"{layout.TOKENIZER}/"): (folder / record.name).read_bytes()
                 for record in manifest.tokenizer_files
             },
-            shards=[range(start, stop) for start, stop in zip(stops, stops[1:], strict=False)],
+            shards=[range(start, stop) for start, stop in pairwise(stops)],
             examples=examples,
             tails=tails,
             sketches={
@@ -93,22 +94,25 @@ class Material:
         }
         return CacheWriter(folder, **(arguments | changes))
 
-    def write(self, folder: Path, *, order: random.Random | None = None, stop_after: int | None = None) -> None:
-        """Write what ``folder`` lacks: shards in the order of the plan or a random one, all or the first few."""
-        writer = self.writer(folder)
+    def write(self, folder: Path, *, order: random.Random | None = None, overwrite: bool = False) -> None:
+        """Write what ``folder`` lacks, or all of it: shards in the order of the plan or a random one."""
+        writer = self.writer(folder, overwrite=overwrite)
+        try:
+            self._finish(writer, order)
+        finally:
+            # A writer that keeps others out lets them in again, also after an error.
+            getattr(writer, "close", lambda: None)()
+
+    def _finish(self, writer: CacheWriter, order: random.Random | None) -> None:
         for layer in writer.missing_sketches():
             writer.write_sketch(layer, *self.sketches[layer])
         missing = writer.unfinished()
         if order is not None:
             order.shuffle(missing)
-        self.write_shards(writer, missing[:stop_after])
-        if stop_after is None:
-            writer.finish()
-
-    def write_shards(self, writer: CacheWriter, numbers: Iterable[int]) -> None:
-        for number in numbers:
+        for number in missing:
             part = self.shards[number]
             writer.write_shard(number, self.examples[part.start : part.stop], self.tails[number] or None)
+        writer.finish()
 
 
 def handmade(folder: Path, *, codec: str, size: str = "small") -> Path:

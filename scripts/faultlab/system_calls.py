@@ -54,7 +54,7 @@ def killing(nth: int, moment: Moment) -> Calls:
             call(*arguments, **options)
         elif moment == "half" and name == "write":
             call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
+        return os.kill(os.getpid(), signal.SIGKILL)
 
     return Calls(act)
 

@@ -56,9 +56,7 @@ class Writing:
         return folder
 
     def write(self, folder: Path, start: Start = "nothing") -> None:
-        if start == "overwrite":
-            self.material.writer(folder, overwrite=True)
-        self.material.write(folder)
+        self.material.write(folder, overwrite=start == "overwrite")
 
     def finish(self, folder: Path, what: str, start: Start = "nothing") -> Outcome:
         """Run once more, undisturbed; the bytes must be those of an undisturbed cache."""

@@ -16,7 +16,7 @@ from distilllens_inspect.text import one_line
 
 
 def check(folder: Path | CacheFolder, *, workers: int | None = None) -> VerifyReport:
-    """Check every file of a cache on ``workers`` cores (default: all), with progress on stderr where that is a terminal."""
+    """Check every file of a cache on so many cores (default: all), with progress on stderr where that is a terminal."""
     if not sys.stderr.isatty():
         return verify_cache(folder, workers=workers)
     with _progress() as told:
