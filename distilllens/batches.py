@@ -1,19 +1,18 @@
-"""Which examples make step n: order, packing, partition over ranks.
+"""Which examples make step n: partition over ranks and micro-batches, and packing by length.
 
-Everything here is a pure function of (seed, epoch, index); ranks and micro-batches only partition a step.
+The order of the examples is `distilllens_cache.Order`, a pure function of (seed, epoch, index); ranks and micro-batches
+only partition a step.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from distilllens_cache import CachedExample
-
-WINDOW_SHARDS = 4
-"""Examples are shuffled among this many shards at a time, so that a reader holds few of them in memory."""
+from distilllens_cache import CachedExample, Order
+from distilllens_cache.read_ahead import Shard
 
 
 class ExampleSource(Protocol):
@@ -26,33 +25,25 @@ class ExampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> CachedExample: ...
+    def __getitem__(self, index: int, /) -> CachedExample: ...
 
-
-@lru_cache(maxsize=2)
-def _epoch_order(shard_bounds: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    shards = random.permutation(len(shard_bounds) - 1)
-    windows = [shards[start : start + WINDOW_SHARDS] for start in range(0, len(shards), WINDOW_SHARDS)]
-    members = [np.concatenate([np.arange(shard_bounds[s], shard_bounds[s + 1]) for s in w]) for w in windows]
-    return np.concatenate([random.permutation(window) for window in members])
-
-
-def epoch_order(shard_of: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """Example indices in the order of one epoch: shards shuffled, then examples within windows of shards."""
-    bounds = (0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(shard_of))
-    return _epoch_order(bounds, seed, epoch)
+    def read_shard(self, number: int, /) -> Shard: ...
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The optimizer steps of a run: step n (from 0) takes examples n * G to (n + 1) * G of the epochs' orders."""
+    """The optimizer steps of a run: step n (from 0) takes the places n * G to (n + 1) * G - 1 of its order."""
 
     source: ExampleSource
     seed: int
     examples_per_micro_batch: int
     micro_batches: int
     world_size: int = 1
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of the run's examples."""
+        return Order(self.source.shard_of, seed=self.seed)
 
     @property
     def examples_per_step(self) -> int:
@@ -61,20 +52,21 @@ class Steps:
 
     def indices(self, step: int) -> list[int]:
         """Example indices of a step. A step may span two epochs; no example is dropped."""
-        size = len(self.source)
-        first = step * self.examples_per_step
-        positions = range(first, first + self.examples_per_step)
-        orders = {p // size: epoch_order(self.source.shard_of, seed=self.seed, epoch=p // size) for p in positions}
-        return [int(orders[position // size][position % size]) for position in positions]
+        return self.order.indices(step * self.examples_per_step, (step + 1) * self.examples_per_step)
 
     def num_targets(self, step: int) -> int:
         """Target positions of a step, from the index alone: the denominator of its loss."""
         return int(self.source.num_targets[self.indices(step)].sum())
 
+    def places(self, step: int, number: int, rank: int) -> range:
+        """The places of the run that ``rank`` computes in micro-batch ``number`` of a step."""
+        start = step * self.examples_per_step + (number * self.world_size + rank) * self.examples_per_micro_batch
+        return range(start, start + self.examples_per_micro_batch)
+
     def micro_batch(self, step: int, number: int, rank: int) -> list[int]:
         """Example indices that ``rank`` computes in micro-batch ``number`` of a step."""
-        start = (number * self.world_size + rank) * self.examples_per_micro_batch
-        return self.indices(step)[start : start + self.examples_per_micro_batch]
+        places = self.places(step, number, rank)
+        return self.order.indices(places.start, places.stop)
 
     def for_epochs(self, epochs: float) -> int:
         """Steps that ``epochs`` passes over the source take."""

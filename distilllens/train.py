@@ -23,6 +23,7 @@ from distilllens.schedule import learning_rate
 from distilllens.self_check import check_objective
 from distilllens.teacher_forced import averages
 from distilllens.training_run import TrainingRun, open_run
+from distilllens_cache import ReadAhead
 
 RESOLVED = "config.resolved.yaml"
 
@@ -59,17 +60,18 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         state = load_state(checkpoint, identity)
         engine.load_state(checkpoint)
         say(f"Resuming from {checkpoint} after step {state.global_step}")
-    _self_check(run, steps)
-    if engine.is_main:
-        _start_output(config)
-    engine.barrier()
-    train(run, engine, steps, state)
+    with ReadAhead(run.source, steps.order) as examples:
+        _self_check(run, examples, steps)
+        if engine.is_main:
+            _start_output(config)
+        engine.barrier()
+        train(run, engine, examples, steps, state)
     save_model(run.model, run.tokenizer, config.output_dir, engine)
     engine.barrier()
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
 
 
-def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> None:
+def train(run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, state: RunState) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
     config, num_steps, lens_layers = run.config, state.max_steps, run.student.objective.lens_layers
     metrics = Metrics(config.output_dir, engine, num_steps=num_steps, resumed_step=state.global_step)
@@ -82,9 +84,9 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
             num_targets = steps.num_targets(step)
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
-                examples = [run.source[index] for index in steps.micro_batch(step, number, engine.rank)]
-                rows = choose_lens_rows(examples, lens_layers, share=config.lens_rows, seed=config.seed, step=step)
-                batch = collate(examples, run.tails, lens_rows=rows).to(engine.device)
+                chosen = [examples[place] for place in steps.places(step, number, engine.rank)]
+                rows = choose_lens_rows(chosen, lens_layers, share=config.lens_rows, seed=config.seed, step=step)
+                batch = collate(chosen, run.tails, lens_rows=rows).to(engine.device)
                 waited = time.perf_counter() - started
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))
@@ -144,11 +146,11 @@ def evaluate_student(run: TrainingRun, engine: Engine) -> dict[str, float]:
     return result
 
 
-def _self_check(run: TrainingRun, steps: Steps) -> None:
+def _self_check(run: TrainingRun, examples: ReadAhead, steps: Steps) -> None:
     if not run.tails:
         return
     objective = run.student.objective
-    first = collate([run.source[index] for index in steps.micro_batch(0, 0, 0)], run.tails)
+    first = collate([examples[place] for place in steps.places(0, 0, 0)], run.tails)
     check_objective(first, objective, vocab_size=run.student.lens.vocab_size)
     pairs = ", ".join(f"{student}:{teacher}" for student, teacher in objective.lens_pairs) or "none"
     say(

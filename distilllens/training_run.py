@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distilllens.batches import WINDOW_SHARDS, ExampleSource
+from distilllens.batches import ExampleSource
 from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.data import Example, load_configured
@@ -49,6 +49,10 @@ class TokenizedRows:
             target_positions=np.flatnonzero(example.is_target).astype(np.uint32),
             targets={},
         )
+
+    def read_shard(self, number: int) -> "TokenizedRows":
+        """All rows are one shard, made into examples one at a time."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ Opened = tuple[ExampleSource, LogitLens, Objective, dict[int, Tail], dict[str, A
 
 def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opened:
     assert config.cache is not None
-    reader = CacheReader(config.cache, shards_in_memory=WINDOW_SHARDS + 1)
+    reader = CacheReader(config.cache)
     losses = {} if config.task == "ce" else {"task": config.task}
     matching = _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
     objective = _objective(config, matching.pairs)

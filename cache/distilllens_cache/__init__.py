@@ -6,9 +6,12 @@ from distilllens_cache.errors import CacheError
 from distilllens_cache.identity import READER_FIELDS, Identity, TokenizerIdentity, compare_identity
 from distilllens_cache.layout import FORMAT_VERSION
 from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
+from distilllens_cache.order import WINDOW_SHARDS, Order
 from distilllens_cache.plan import plan_shards
+from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
 from distilllens_cache.sketch import Projection, Sketch
+from distilllens_cache.stream import CacheStream
 from distilllens_cache.tail_spec import SketchSpec, TailSpec, parse_tail_spec
 from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
 from distilllens_cache.targets import (
@@ -28,8 +31,10 @@ __all__ = [
     "FORMAT_VERSION",
     "LOG_FLOOR",
     "READER_FIELDS",
+    "WINDOW_SHARDS",
     "CacheError",
     "CacheReader",
+    "CacheStream",
     "CacheWriter",
     "CachedExample",
     "CanaryResult",
@@ -39,9 +44,11 @@ __all__ = [
     "LayerStats",
     "LayerTargets",
     "Manifest",
+    "Order",
     "PlannedExample",
     "Problem",
     "Projection",
+    "ReadAhead",
     "ShardRecord",
     "Sketch",
     "SketchRecord",

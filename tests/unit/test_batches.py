@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilllens.batches import Steps, epoch_order, pack_by_length
+from distilllens.batches import Steps, pack_by_length
 from distilllens.collate import collate
 from distilllens.tails import BucketTail
 from distilllens_cache import CachedExample, LayerTargets
@@ -24,20 +24,6 @@ class Source:
 
 
 sizes, seeds = st.integers(1, 50), st.integers(0, 10_000)
-
-
-@given(sizes, seeds, st.integers(0, 5))
-def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone(size: int, seed: int, epoch: int) -> None:
-    shard_of = Source(size).shard_of
-    order = epoch_order(shard_of, seed=seed, epoch=epoch)
-    assert sorted(order) == list(range(size))
-    assert (order == epoch_order(shard_of.copy(), seed=seed, epoch=epoch)).all()
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    shard_of = Source(50).shard_of
-    orders = {tuple(epoch_order(shard_of, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
 
 
 @given(
