@@ -12,7 +12,7 @@ weights = st.lists(st.integers(1, 60), min_size=1, max_size=7)
 
 
 @given(weights)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_every_beginning_has_the_weights_to_within_one_draw(parts: list[int]) -> None:
     interleaving, total, drawn = Interleaving(parts), sum(parts), [0] * len(parts)
     for place in range(2 * total + 3):
@@ -25,6 +25,7 @@ def test_every_beginning_has_the_weights_to_within_one_draw(parts: list[int]) ->
 
 
 @given(weights, st.lists(st.integers(0, 5000), min_size=1, max_size=8))
+@settings(deadline=None)
 def test_a_place_is_the_same_in_whatever_order_places_are_asked_for(parts: list[int], places: list[int]) -> None:
     forward = Interleaving(parts)
     everything = [forward[place] for place in range(max(places) + 1)]
@@ -33,6 +34,7 @@ def test_a_place_is_the_same_in_whatever_order_places_are_asked_for(parts: list[
 
 
 @given(weights)
+@settings(deadline=None)
 def test_a_period_has_the_exact_counts(parts: list[int]) -> None:
     interleaving = Interleaving(parts)
     for turn in (0, 1, 10**9):
