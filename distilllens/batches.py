@@ -7,43 +7,34 @@ only partition a step.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
-from distilllens_cache import CachedExample, Order
-from distilllens_cache.read_ahead import Shard
-
-
-class ExampleSource(Protocol):
-    """Anything that a run can train on: a cache's reader, or a tokenized dataset."""
-
-    num_targets: np.ndarray
-    """Target positions of each example."""
-    shard_of: np.ndarray
-    """Shard of each example; examples of one shard are cheap to read together."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> CachedExample: ...
-
-    def read_shard(self, number: int, /) -> Shard: ...
+from distilllens.example_source import ExampleSource
+from distilllens.mixture import DataMixture, MixedOrder, MixedReadAhead
+from distilllens_cache import Order, ReadAhead
 
 
 @dataclass(frozen=True)
 class Steps:
     """The optimizer steps of a run: step n (from 0) takes the places n * G to (n + 1) * G - 1 of its order."""
 
-    source: ExampleSource
+    source: ExampleSource | DataMixture
     seed: int
     examples_per_micro_batch: int
     micro_batches: int
     world_size: int = 1
 
     @cached_property
-    def order(self) -> Order:
+    def order(self) -> Order | MixedOrder:
         """The order of the run's examples."""
+        if isinstance(self.source, DataMixture):
+            return self.source.order(self.seed)
         return Order(self.source.shard_of, seed=self.seed)
+
+    def read_ahead(self) -> ReadAhead | MixedReadAhead:
+        """The run's examples by place."""
+        return ReadAhead(self.source, self.order) if isinstance(self.order, Order) else self.order.read_ahead()
 
     @property
     def examples_per_step(self) -> int:

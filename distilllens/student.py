@@ -1,6 +1,8 @@
 """The student as the engine wraps it: model and lens in, sums of losses over target positions out."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from distilllens.divergence_spec import parse_divergence
 from distilllens.fused import Group, Loss, certain_targets
 from distilllens.lens import LogitLens, rows_at
 from distilllens.losses import sum_losses
+from distilllens.mixed_batch import MixedBatch, combined
 from distilllens.tails import BucketTail
 
 Pairs = tuple[tuple[int, int], ...]
@@ -51,6 +54,16 @@ class Objective:
         return self.kd_ratio > 0 and self.task != "ce"
 
 
+class _Part(NamedTuple):
+    """Rows of the final layer or of a pair, with their losses by name."""
+
+    states: Tensor
+    losses: dict[str, Loss]
+    pair: tuple[int, int] | None = None
+    share: float = 1.0
+    """A row stands for ``1 / share`` rows."""
+
+
 class Student(nn.Module):
     """Full-vocabulary logits stay inside; what comes out are sums, which any number of ranks can add up."""
 
@@ -75,44 +88,65 @@ class Student(nn.Module):
         hidden = self.lens.hidden_states(
             batch.input_ids, batch.attention_mask, sorted({final_layer, *(student for student, _ in pairs)})
         )
-        rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
         if measures:
+            rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
             sums = self._measure_final(rows[final_layer], batch)
             for student, teacher in pairs:
                 normed = self.lens.normed(rows[student], student)
                 sums |= self._measure_lens(normed, batch, (student, teacher))
             return sums
-        # Rows that a lens layer doesn't read go through neither norm nor head.
-        inner = {pair: self.lens.normed(rows[pair[0]][batch.lens_rows.at(pair[0])], pair[0]) for pair in pairs}
-        return self._losses(rows[final_layer], inner, batch)
+        if not isinstance(batch, MixedBatch):
+            total, (sums,) = self._sums([self._parts(batch, hidden, self.objective)])
+            return {"total": total, **sums}
+        views, disagreement = batch.taught(vocab_size=self.lens.vocab_size)
+        parts = [
+            self._parts(view.batch, hidden, replace(self.objective, pairs=view.teaching.pairs), view.teaching.weight)
+            for view in views
+        ]
+        total, of_views = self._sums(parts)
+        return {"total": total, **combined(views, of_views, mix=batch.mix), **disagreement}
 
-    def _losses(self, final: Tensor, inner: dict[tuple[int, int], Tensor], batch: Batch) -> dict[str, Tensor]:
-        objective = self.objective
-        rho, per_pair = objective.kd_ratio, objective.lens_weight / max(1, len(inner))
+    def _parts(
+        self, batch: Batch, hidden: dict[int, Tensor], objective: Objective, weight: float = 1.0
+    ) -> list[_Part]:
+        """The losses of a batch, or of one teacher's view of it, which counts ``weight`` in the total."""
+        rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
+        rho = weight * objective.kd_ratio
         # Cross-entropy is the forward KL from all mass on the next token.
         of_next = certain_targets(batch.next_ids)
-        at_final = {"ce": Loss("fkl", of_next, BucketTail(), 1 - rho)}
+        at_final = {"ce": Loss("fkl", of_next, BucketTail(), weight - rho)}
         if objective.needs_final_targets:
-            at_final["task"] = self._loss(objective.task, batch, batch.final_layer, rho)
+            layer = batch.final_layer
+            at_final["task"] = Loss(objective.task, batch.targets[layer], batch.tails[layer], rho)
         elif rho > 0:
             at_final["task"] = Loss("fkl", of_next, BucketTail(), rho)
-        groups = [Group(len(final), tuple(at_final.values()))]
-        groups += [Group(len(rows), (self._lens_loss(batch, pair, rho * per_pair),)) for pair, rows in inner.items()]
-        found = sum_losses([final, *inner.values()], groups, self.lens, chunk_rows=self.chunk_rows)
-        sums = {"total": found.total, **dict(zip(at_final, found.each, strict=False))}
-        of_lens = torch.stack([found.each, found.low, found.slack], -1)[len(at_final) :] / batch.lens_rows.share
-        is_jsd = parse_divergence(objective.lens_divergence).name == "jsd"
-        for pair, values in zip(inner, of_lens, strict=True):
-            sums |= _named(pair, *values, is_jsd=is_jsd)
-        return sums
+        parts, share = [_Part(rows[self.lens.num_layers], at_final)], batch.lens_rows.share
+        per_pair = rho * (objective.lens_weight / max(1, len(objective.lens_pairs))) / share
+        for pair in objective.lens_pairs:
+            student, teacher = pair
+            read = batch.lens_rows.at(student)
+            # Rows that a lens layer doesn't read go through neither norm nor head.
+            normed, targets = self.lens.normed(rows[student][read], student), batch.targets[teacher][read]
+            loss = Loss(objective.lens_divergence, targets, batch.tails[teacher], per_pair)
+            parts.append(_Part(normed, {f"lens/{student}:{teacher}": loss}, pair, share))
+        return parts
 
-    def _loss(self, divergence: str, batch: Batch, layer: int, weight: float) -> Loss:
-        return Loss(divergence, batch.targets[layer], batch.tails[layer], weight)
-
-    def _lens_loss(self, batch: Batch, pair: tuple[int, int], weight: float) -> Loss:
-        student, teacher = pair
-        targets, weight = batch.targets[teacher][batch.lens_rows.at(student)], weight / batch.lens_rows.share
-        return Loss(self.objective.lens_divergence, targets, batch.tails[teacher], weight)
+    def _sums(self, parts: Sequence[list[_Part]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The weighted total, and for each list of parts the sums by name."""
+        flat = [part for some in parts for part in some]
+        groups = [Group(len(part.states), tuple(part.losses.values())) for part in flat]
+        found = sum_losses([part.states for part in flat], groups, self.lens, chunk_rows=self.chunk_rows)
+        of_losses = iter(torch.stack([found.each, found.low, found.slack], -1))
+        is_jsd = parse_divergence(self.objective.lens_divergence).name == "jsd"
+        sums: list[dict[str, Tensor]] = []
+        for some in parts:
+            sums.append({})
+            for part in some:
+                for name in part.losses:
+                    value, low, slack = next(of_losses) / part.share
+                    named = {name: value} if part.pair is None else _named(part.pair, value, low, slack, is_jsd=is_jsd)
+                    sums[-1] |= named
+        return found.total, sums
 
     def _measure_lens(self, rows: Tensor, batch: Batch, pair: tuple[int, int]) -> dict[str, Tensor]:
         targets, tail = batch.targets[pair[1]], batch.tails[pair[1]]

@@ -114,6 +114,11 @@ class CacheReader:
         return decode_tails(data, self.manifest.identity, num_targets=self.manifest.num_targets, name=record.name)
 
     @property
+    def example_digests(self) -> list[str]:
+        """(N,) `example_digest` of each example: its tokens and target positions."""
+        return [self._index[place].digest for place in range(len(self))]
+
+    @property
     def tokenizer_folder(self) -> Path:
         """The folder of the tokenizer's files, after each was digested and no other was found beside them."""
         for record in self.manifest.tokenizer_files:
