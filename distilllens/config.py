@@ -14,7 +14,12 @@ def _split(value: Any) -> Any:
     """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return (value,) if isinstance(value, int) else value
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _one_or_more(value: Any) -> Any:
+    """A file may name one, or list several."""
+    return (value,) if isinstance(value, str | Path) else () if value is None else value
 
 
 def _text(value: Any) -> Any:
@@ -26,6 +31,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
 
 
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_more)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
 Spec = Annotated[str, BeforeValidator(_text)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -180,8 +187,15 @@ class TrainConfig(DatasetConfig):
     """Student: model folder or hub id."""
     student_revision: str | None = None
     """Revision of a student on the hub."""
-    cache: Path | None = None
-    """Teacher cache to train from."""
+    cache: Paths = ()
+    """Teacher cache to train from; several when repeated (a list in a file)."""
+    cache_weights: Numbers | None = None
+    """Weights of several caches, such as 0.7,0.3, which sum to 1. Of the examples drawn (by default in proportion to what
+    the caches hold), or of the teachers' losses or probabilities (by default equal)."""
+    mix: Literal["auto", "data", "losses", "probabilities"] = "auto"
+    """What several caches are. data: different examples, drawn by weight. losses, probabilities: teachers of the same
+    examples, each with a loss of its own or mixed into one target. auto: losses where all hold the same examples, data
+    where no two share one."""
     eval_cache: Path | None = None
     """Teacher cache of held-out rows, scored at the end and every --eval-steps."""
     method: Literal["distilllens", "sft"] = "distilllens"
@@ -215,7 +229,7 @@ class TrainConfig(DatasetConfig):
     overwrite: bool = False
     """Remove the run that is in the output folder and begin anew."""
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
-    """Passes over the cache."""
+    """Passes over the cache; over several of different data, as many examples as they hold together."""
     max_steps: int = -1
     """Number of optimizer steps; overrides --num-train-epochs when positive."""
     per_device_train_batch_size: PositiveInt = 8
@@ -269,12 +283,31 @@ class TrainConfig(DatasetConfig):
 
     @model_validator(mode="after")
     def _method_has_its_data(self) -> "TrainConfig":
-        if self.method == "distilllens" and self.cache is None:
+        if self.method == "distilllens" and not self.cache:
             raise ValueError("--method distilllens trains from a teacher cache: give --cache (or --method sft)")
-        if self.method == "sft" and (self.dataset is None) == (self.cache is None):
+        if self.method == "sft" and (self.dataset is None) == (not self.cache):
             raise ValueError("--method sft needs rows to fine-tune on: give one of --dataset and --cache")
         if self.method == "distilllens" and self.dataset is not None:
             raise ValueError("--dataset is for --method sft; a cache already holds its tokens: drop --dataset")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_the_caches(self) -> "TrainConfig":
+        count, weights = len(self.cache), self.cache_weights
+        if count < 2 and (weights is not None or self.mix != "auto"):
+            raise ValueError("--cache-weights and --mix are for several caches: repeat --cache, or drop them")
+        if len(set(self.cache)) < count:
+            raise ValueError(f"--cache names {_repeated(self.cache)} more than once: give each cache once")
+        if weights is None:
+            return self
+        text = ",".join(f"{weight:g}" for weight in weights)
+        if len(weights) != count:
+            raise ValueError(
+                f"--cache-weights {text} has {len(weights)} numbers for {count} caches: give one for each --cache, in "
+                f"the same order"
+            )
+        if not all(0 < weight <= 1 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+            raise ValueError(f"--cache-weights {text} sum to {sum(weights):g}: give numbers above 0 that sum to 1")
         return self
 
 
@@ -340,6 +373,10 @@ class DemoConfig(RunConfig):
     """Rows of Python documentation to distil on."""
     num_valid_rows: PositiveInt = 48
     """Rows held out."""
+
+
+def _repeated(paths: tuple[Path, ...]) -> Path:
+    return next(path for path in paths if paths.count(path) > 1)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)

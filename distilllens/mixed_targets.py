@@ -20,8 +20,6 @@ from distilllens.tails import BucketTail, ShapedTail, SketchTail, Tail, log_mass
 from distilllens.targets import SparseTargets
 from distilllens_cache import LOG_FLOOR
 
-MIXABLE = ("bucket", "profile", "sketch")
-"""Tails whose targets can be mixed: draws have other tokens for each teacher, and renormalising leaves no rest."""
 CHUNK_ROWS = 128
 """Rows whose tails are over the whole vocabulary at a time."""
 _NO_ID = torch.iinfo(torch.int64).max
@@ -101,6 +99,12 @@ def mix(
             codes.append(own.codes[:, :rank].float())
     shaped = tuple(tail for tail in tails if isinstance(tail, ShapedTail))
     return Mixture(replace(mixed, codes=torch.cat(codes, -1)), MixedTail(shaped), jsd)
+
+
+def is_mixable(tail: Tail) -> bool:
+    """Whether targets with this tail can be mixed: draws are of other tokens for each teacher, and renormalising leaves
+    no rest."""
+    return isinstance(tail, BucketTail | ShapedTail)
 
 
 class _Seen(NamedTuple):

@@ -9,13 +9,18 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.batches import ExampleSource
+from distilllens.collate import Batch, collate
 from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.data import Example, load_configured
 from distilllens.lens import LogitLens, check_lens
+from distilllens.lens_rows import LensRows, choose_lens_rows
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
+from distilllens.mixed_batch import Mix, MixedBatch, Teaching, collate_mixed
+from distilllens.mixture import DataMixture
 from distilllens.models import load_model, load_tokenizer
 from distilllens.self_check import check_alignment
+from distilllens.several_caches import match_each, open_caches
 from distilllens.student import Objective, Pairs, Student
 from distilllens.tails import Tail
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
@@ -24,9 +29,9 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "eval_cache", "max_steps", "num_train_epochs",
+    "student", "cache", "cache_weights", "mix", "eval_cache", "max_steps", "num_train_epochs",
 }  # fmt: skip
-"""Settings that a resumed run may change; the cache is compared by its digest, the length by its steps."""
+"""Settings that a resumed run may change; caches are compared by digest and weight, the length by its steps."""
 
 
 class TokenizedRows:
