@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from distilllens.positions import num_taken
 from distilllens_cache import CachedExample
 
 WINDOW_SHARDS = 4
@@ -53,6 +54,8 @@ class Steps:
     examples_per_micro_batch: int
     micro_batches: int
     world_size: int = 1
+    positions_share: float = 1.0
+    """Share of each example's target positions that is trained on."""
 
     @property
     def examples_per_step(self) -> int:
@@ -68,8 +71,8 @@ class Steps:
         return [int(orders[position // size][position % size]) for position in positions]
 
     def num_targets(self, step: int) -> int:
-        """Target positions of a step, from the index alone: the denominator of its loss."""
-        return int(self.source.num_targets[self.indices(step)].sum())
+        """Target positions that a step trains on, from the index alone: the denominator of its loss."""
+        return int(num_taken(self.source.num_targets[self.indices(step)], self.positions_share).sum())
 
     def micro_batch(self, step: int, number: int, rank: int) -> list[int]:
         """Example indices that ``rank`` computes in micro-batch ``number`` of a step."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from distilllens.config import AnyConfig, RunConfig, load_config
+from distilllens.run_config import AnyConfig, RunConfig, load_config
 
 
 def run_options(

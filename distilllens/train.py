@@ -18,6 +18,7 @@ from distilllens.console import say
 from distilllens.engine import Engine, choose_device, start_engine
 from distilllens.interruption import Interruption
 from distilllens.lens_rows import choose_lens_rows
+from distilllens.lens_schedule import lens_factor
 from distilllens.metrics import Metrics, RunningSums
 from distilllens.schedule import learning_rate
 from distilllens.self_check import check_objective
@@ -51,6 +52,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         examples_per_micro_batch=config.per_device_train_batch_size,
         micro_batches=config.gradient_accumulation_steps,
         world_size=engine.world_size,
+        positions_share=config.positions_share,
     )
     num_steps = config.max_steps if config.max_steps > 0 else steps.for_epochs(config.num_train_epochs)
     identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
@@ -80,6 +82,7 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
         while state.global_step < num_steps:
             step = state.global_step
             num_targets = steps.num_targets(step)
+            factor = lens_factor(config.lens_schedule, step=step, num_steps=num_steps)
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
                 examples = [run.source[index] for index in steps.micro_batch(step, number, engine.rank)]
@@ -88,7 +91,7 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
                 waited = time.perf_counter() - started
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))
-                losses = engine.forward(batch)
+                losses = engine.forward(batch, lens_factor=factor)
                 _require_finite(losses["total"].item(), "loss", step, batch.ids, config)
                 engine.backward(losses["total"] / num_targets)
                 sums.add(losses, tokens=int(batch.attention_mask.sum()), waited=waited)
@@ -103,6 +106,7 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
                 values = sums.flush() | {
                     "train/grad_norm": gradient_norm,
                     "train/learning_rate": rate,
+                    "train/lens_weight": config.lens_weight * factor,
                     "train/epoch": state.epoch,
                 }
                 state.log_history.append(metrics.log(state.global_step, values))

@@ -9,14 +9,17 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.batches import WINDOW_SHARDS, ExampleSource
+from distilllens.by_layer import parse_gate
 from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.data import Example, load_configured
+from distilllens.layer_maps import Pairs
 from distilllens.lens import LogitLens, check_lens
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.models import load_model, load_tokenizer
+from distilllens.objective import Gate, Objective, Positions
 from distilllens.self_check import check_alignment
-from distilllens.student import Objective, Pairs, Student
+from distilllens.student import Student
 from distilllens.tails import Tail
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
 from distilllens_cache import CachedExample, CacheReader
@@ -110,13 +113,18 @@ def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrain
     reader = CacheReader(config.cache, shards_in_memory=WINDOW_SHARDS + 1)
     losses = {} if config.task == "ce" else {"task": config.task}
     matching = _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
-    objective = _objective(config, matching.pairs)
-    if config.method == "distilllens":
+    objective = objective_of(config, matching.pairs, matching.shares)
+    if not (objective.lens_trains_head or matching.lens.is_plain):
+        raise ValueError(
+            f"--lens-head-grad off needs a head that is a matrix, bare or under LoRA, and "
+            f"{config.student} has a {type(model.get_output_embeddings()).__name__}: drop it"
+        )
+    if config.method != "sft":
         say(check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch)))
     tails = {layer: matching.tails[layer] for layer in objective.teacher_layers(matching.final_layer)}
     identity = {
         "cache": reader.digest,
-        "pairs": [list(pair) for pair in objective.pairs],
+        "pairs": [[*pair, share] for pair, share in zip(matching.pairs, matching.shares, strict=True)],
         "tail": matching.tail,
         "mismatches": list(matching.mismatches),
     }
@@ -132,7 +140,7 @@ def _from_rows(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTraine
     return (
         TokenizedRows(examples.examples),
         lens,
-        _objective(config, ()),
+        objective_of(config),
         {},
         {"dataset_digest": examples.digest},
     )
@@ -160,12 +168,17 @@ def _match(
     )
 
 
-def _objective(config: TrainConfig, pairs: Pairs) -> Objective:
-    is_distillation = config.method == "distilllens"
+def objective_of(config: TrainConfig, pairs: Pairs = (), shares: tuple[float, ...] = ()) -> Objective:
+    """The objective that a config describes for some pairs."""
+    final, lens = parse_gate(config.entropy_gate)
     return Objective(
-        task=config.task if is_distillation else "ce",
+        task=config.task,
         lens_divergence=config.lens_divergence,
-        pairs=pairs if is_distillation else (),
+        pairs=pairs,
+        shares=shares,
         lens_weight=config.lens_weight,
-        kd_ratio=config.kd_ratio if is_distillation else 0.0,
+        kd_ratio=config.kd_ratio,
+        gate=Gate(final, lens),
+        positions=Positions(config.positions_share, config.positions_by),
+        lens_trains_head=config.lens_head_grad == "on",
     )
