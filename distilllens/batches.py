@@ -12,6 +12,7 @@ import numpy as np
 
 from distilllens.example_source import ExampleSource
 from distilllens.mixture import DataMixture, MixedOrder, MixedReadAhead
+from distilllens.positions import num_taken
 from distilllens_cache import Order, ReadAhead
 
 
@@ -24,6 +25,8 @@ class Steps:
     examples_per_micro_batch: int
     micro_batches: int
     world_size: int = 1
+    positions_share: float = 1.0
+    """Share of each example's target positions that is trained on."""
 
     @cached_property
     def order(self) -> Order | MixedOrder:
@@ -34,7 +37,10 @@ class Steps:
 
     def read_ahead(self) -> ReadAhead | MixedReadAhead:
         """The run's examples by place."""
-        return ReadAhead(self.source, self.order) if isinstance(self.order, Order) else self.order.read_ahead()
+        if isinstance(self.order, MixedOrder):
+            return self.order.read_ahead()
+        assert not isinstance(self.source, DataMixture)
+        return ReadAhead(self.source, self.order)
 
     @property
     def examples_per_step(self) -> int:
@@ -46,8 +52,8 @@ class Steps:
         return self.order.indices(step * self.examples_per_step, (step + 1) * self.examples_per_step)
 
     def num_targets(self, step: int) -> int:
-        """Target positions of a step, from the index alone: the denominator of its loss."""
-        return int(self.source.num_targets[self.indices(step)].sum())
+        """Target positions that a step trains on, from the index alone: the denominator of its loss."""
+        return int(num_taken(self.source.num_targets[self.indices(step)], self.positions_share).sum())
 
     def places(self, step: int, number: int, rank: int) -> range:
         """The places of the run that ``rank`` computes in micro-batch ``number`` of a step."""

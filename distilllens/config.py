@@ -1,65 +1,37 @@
 """The runs as frozen models: one YAML file or one command line gives one of these, and nothing else is read."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from distilllens.by_layer import parse_tail_choices
-from distilllens.divergence_spec import parse_divergence
+from distilllens.objective_config import ObjectiveConfig, Tail
+from distilllens.run_config import (
+    Fraction,
+    Integers,
+    Numbers,
+    Paths,
+    PositiveInt,
+    RunConfig,
+    Spec,
+    load_config,
+    save_config,
+    split_text,
+)
 
-
-def _split(value: Any) -> Any:
-    """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return (value,) if isinstance(value, int | float) else value
-
-
-def _one_or_more(value: Any) -> Any:
-    """A file may name one, or list several."""
-    return (value,) if isinstance(value, str | Path) else () if value is None else value
-
-
-def _text(value: Any) -> Any:
-    """``top_k: 64`` and ``layers: [4, 8]`` in YAML are the texts ``"64"`` and ``"4,8"`` of a command line."""
-    if isinstance(value, list | tuple):
-        return ",".join(str(part) for part in value)
-    if isinstance(value, dict):
-        return ",".join(f"{key}={part}" for key, part in value.items())
-    return str(value) if isinstance(value, int | float) else value
-
-
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_more)]
-Integers = Annotated[tuple[int, ...], BeforeValidator(_split)]
-Spec = Annotated[str, BeforeValidator(_text)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def _tail(text: str | None) -> str | None:
-    if text is not None:
-        parse_tail_choices(text)
-    return text
-
-
-Tail = Annotated[Spec | None, AfterValidator(_tail)]
-
-
-def _divergence(text: str) -> str:
-    return str(parse_divergence(text))
-
-
-def _task(text: str) -> str:
-    return text if text == "ce" else _divergence(text)
-
-
-class RunConfig(BaseModel):
-    """What every run shares: frozen, unknown keys refused, the text below a field is the help of its flag."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+__all__ = [
+    "CacheTeacherConfig",
+    "DatasetConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "NewStudentConfig",
+    "RunConfig",
+    "TrainConfig",
+    "load_config",
+    "save_config",
+]
 
 
 class DatasetConfig(RunConfig):
@@ -180,46 +152,42 @@ class NewStudentConfig(RunConfig):
     """Replace the model that is in the output folder."""
 
 
-class TrainConfig(DatasetConfig):
+class LoraConfig(RunConfig):
+    """A student that keeps its weights and learns low-rank additions to them (LoRA), under peft's names."""
+
+    lora_r: PositiveInt | None = None
+    """Rank of LoRA adapters, which are then all that is trained; every weight is when not given."""
+    lora_alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """Adapters are scaled by this number over their rank."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before the adapters."""
+    lora_target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(split_text)] = None
+    """Modules that get adapters, such as q_proj,v_proj, or all-linear; peft's choice for the architecture when not
+    given."""
+    lora_merge: bool = False
+    """Also write the student with its adapters merged, an ordinary model folder, to "merged" in the output folder."""
+
+
+class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """One student trained from a cache."""
 
     student: str
-    """Student: model folder or hub id."""
+    """Student: model folder, hub id, or the folder of a LoRA adapter to train on."""
     student_revision: str | None = None
     """Revision of a student on the hub."""
     cache: Paths = ()
     """Teacher cache to train from; several when repeated (a list in a file)."""
     cache_weights: Numbers | None = None
-    """Weights of several caches, such as 0.7,0.3, which sum to 1. Of the examples drawn (by default in proportion to what
-    the caches hold), or of the teachers' losses or probabilities (by default equal)."""
+    """Weights of several caches, such as 0.7,0.3, which sum to 1: of the examples drawn (by default in proportion to
+    what the caches hold), or of the teachers' losses or probabilities (by default equal)."""
     mix: Literal["auto", "data", "losses", "probabilities"] = "auto"
     """What several caches are. data: different examples, drawn by weight. losses, probabilities: teachers of the same
     examples, each with a loss of its own or mixed into one target. auto: losses where all hold the same examples, data
     where no two share one."""
     eval_cache: Path | None = None
     """Teacher cache of held-out rows, scored at the end and every --eval-steps."""
-    method: Literal["distilllens", "sft"] = "distilllens"
-    """distilllens (needs --cache) or sft (cross-entropy on --dataset, needs no cache)."""
     dataset: str | None = None
     """Rows to fine-tune on, for --method sft."""
-    pairs: Spec | None = None
-    """Layers to match, student:teacher, such as 2:8,4:16; none for the task alone. Derived from the cache's
-    layers when not given."""
-    task: Annotated[str, AfterValidator(_task)] = "fkl"
-    """Divergence on the final layer: fkl, rkl, jsd[:beta], jeffreys, akl[:mu], skew_fkl[:alpha], skew_rkl[:alpha],
-    tvd or ab[:alpha,beta]; ce is cross-entropy with the next token."""
-    lens_divergence: Annotated[str, AfterValidator(_divergence)] = "jsd"
-    """Divergence between the lens distributions of a pair: the same names."""
-    tail: Tail = None
-    """What stands for the rest: bucket, profile, sketch[:RANK], sampled or renorm; or final=...,lens=.... By default
-    the best that the cache stores."""
-    lens_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight (lambda) of the mean lens divergence."""
-    lens_rows: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the target positions that each lens layer reads, drawn anew in every step. Less is cheaper and leaves
-    the loss unbiased."""
-    kd_ratio: Fraction = 1.0
-    """Share (rho) of distillation in the loss; the rest is cross-entropy."""
     loss_chunk_rows: PositiveInt = 128
     """Target positions whose full-vocabulary logits are alive at a time."""
     allow_mismatch: str | None = None
@@ -283,11 +251,11 @@ class TrainConfig(DatasetConfig):
 
     @model_validator(mode="after")
     def _method_has_its_data(self) -> "TrainConfig":
-        if self.method == "distilllens" and not self.cache:
-            raise ValueError("--method distilllens trains from a teacher cache: give --cache (or --method sft)")
+        if self.method != "sft" and not self.cache:
+            raise ValueError(f"--method {self.method} trains from a teacher cache: give --cache (or --method sft)")
         if self.method == "sft" and (self.dataset is None) == (not self.cache):
             raise ValueError("--method sft needs rows to fine-tune on: give one of --dataset and --cache")
-        if self.method == "distilllens" and self.dataset is not None:
+        if self.method != "sft" and self.dataset is not None:
             raise ValueError("--dataset is for --method sft; a cache already holds its tokens: drop --dataset")
         return self
 
@@ -314,7 +282,7 @@ class TrainConfig(DatasetConfig):
 class EvaluateConfig(DatasetConfig, ModelConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
-    model: Annotated[tuple[str, ...], BeforeValidator(_split)]
+    model: Annotated[tuple[str, ...], BeforeValidator(split_text)]
     """Model folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
     revision: str | None = None
     """Revision of a model on the hub."""
@@ -377,49 +345,3 @@ class DemoConfig(RunConfig):
 
 def _repeated(paths: tuple[Path, ...]) -> Path:
     return next(path for path in paths if paths.count(path) > 1)
-
-
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
-
-
-def load_config(model: type[AnyConfig], *, file: Path | None, flags: dict[str, Any]) -> AnyConfig:
-    """The run that ``file`` (YAML) and ``flags`` describe; flags win.
-
-    Raises ValueError with one line per mistake, named by key.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file: --config takes a YAML file with the keys of this command")
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid YAML: {error}") from None
-        if not isinstance(loaded, dict | None):
-            raise ValueError(f"{file} holds a {type(loaded).__name__}, not keys with values")
-        values = {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
-    values |= flags
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        source = str(file) if file is not None and not flags else "the command line"
-        if file is not None and flags:
-            source = f"{file} with the command line"
-        raise ValueError(_sentences(error, source)) from None
-
-
-def _sentences(error: ValidationError, source: str) -> str:
-    mistakes = []
-    for detail in error.errors():
-        name = ".".join(str(part) for part in detail["loc"]) or "together"
-        message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "missing":
-            message = f"is required: give --{name.replace('_', '-')}"
-        mistakes.append(f"  {name}: {message}")
-    noun = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    return f"{source} has {noun}:\n" + "\n".join(mistakes)
-
-
-def save_config(config: RunConfig, file: Path) -> None:
-    """Write the resolved run as YAML beside its output."""
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

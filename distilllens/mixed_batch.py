@@ -4,7 +4,7 @@ Dimension key: B batch, T tokens, N target positions of the batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from distilllens.collate import Batch, collate
 from distilllens.lens_rows import LensRows
 from distilllens.mixed_targets import Mixture, mix
 from distilllens.mixture import MixedExample
+from distilllens.objective import Objective
 from distilllens.tails import Tail
 from distilllens_cache import CachedExample
 
@@ -29,9 +30,18 @@ class Teaching:
     name: str
     weight: float
     """Of its losses or probabilities; with different data it is held by what is drawn, and this is 1."""
-    pairs: tuple[tuple[int, int], ...]
+    objective: Objective
+    """The run's, with the pairs of this teacher."""
     tails: dict[int, Tail]
     """What stands for the rest at the teacher layers that the loss reads, the final one last."""
+
+
+@dataclass(frozen=True)
+class Teachings:
+    """What the loss reads of all caches, in their order."""
+
+    mix: Mix
+    each: tuple[Teaching, ...]
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,10 @@ class MixedBatch(Batch):
         """
         if self.mix == "data":
             return self.views, {}
-        places = {"final": [view.batch.final_layer for view in self.views]} if self._reads_final else {}
-        matched = [dict(view.teaching.pairs) for view in self.views]
+        objectives = [view.teaching.objective for view in self.views]
+        has_final = objectives[0].needs_final_targets
+        places = {"final": [view.batch.final_layer for view in self.views]} if has_final else {}
+        matched = [dict(objective.lens_pairs) for objective in objectives]
         for student in matched[0]:
             if all(student in pairs for pairs in matched):
                 places[str(student)] = [pairs[student] for pairs in matched]
@@ -82,11 +94,6 @@ class MixedBatch(Batch):
         mixed = replace(first.batch, targets=targets, tails=tails)
         return (View(replace(first.teaching, weight=1.0, tails=tails), mixed),), sums
 
-    @property
-    def _reads_final(self) -> bool:
-        lens = {teacher for _, teacher in self.views[0].teaching.pairs}
-        return bool(self.views[0].batch.targets.keys() - lens)
-
     def _mixture(self, layers: Sequence[int], vocab_size: int) -> Mixture:
         return mix(
             [view.batch.targets[layer] for view, layer in zip(self.views, layers, strict=True)],
@@ -98,15 +105,14 @@ class MixedBatch(Batch):
 
 def collate_mixed(
     examples: Sequence[MixedExample],
-    teachings: Sequence[Teaching],
+    teachings: Teachings,
     *,
-    mix: Mix,
     lens_rows: Callable[[Sequence[CachedExample]], LensRows],
 ) -> MixedBatch:
-    """One batch from examples of several caches; ``lens_rows`` chooses the rows that some examples' lens layers read."""
+    """One batch from examples of several caches; ``lens_rows`` chooses the rows that lens layers read of examples."""
     whole = collate(examples, {})
     views = []
-    for number, teaching in enumerate(teachings):
+    for number, teaching in enumerate(teachings.each):
         mine = [row for row, example in enumerate(examples) if number in example.by_source]
         if not mine:
             continue
@@ -120,10 +126,7 @@ def collate_mixed(
             is_target=whole.is_target & is_mine,
         )
         views.append(View(teaching, batch))
-    return MixedBatch(
-        whole.ids, whole.input_ids, whole.attention_mask, whole.is_target, whole.next_ids, {}, {},
-        views=tuple(views), mix=mix,
-    )  # fmt: skip
+    return MixedBatch(**{f.name: getattr(whole, f.name) for f in fields(Batch)}, views=tuple(views), mix=teachings.mix)
 
 
 def combined(views: Sequence[View], sums: Sequence[dict[str, Tensor]], *, mix: Mix) -> dict[str, Tensor]:

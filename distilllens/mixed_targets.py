@@ -4,13 +4,13 @@ A target completed by its tail is a distribution over the vocabulary (a bucket, 
 where a probability outside the kept tokens is needed). The mixture is the weighted mean of those distributions, with
 the tokens that any teacher keeps as its kept tokens: each teacher that left one out gives it what its tail does.
 
-Dimension key: N rows, K tokens that one teacher keeps, U tokens that any of them keeps, V vocabulary, n rows of a chunk.
+Dimension key: N rows, K tokens that one teacher keeps, U tokens that any of them keeps, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,7 +45,7 @@ class MixedTail(ShapedTail):
 
     def to(self, device: torch.device) -> "MixedTail":
         """This tail on another device."""
-        return MixedTail(tuple(tail.to(device) for tail in self.tails))
+        return MixedTail(tuple(cast(ShapedTail, tail.to(device)) for tail in self.tails))
 
     def _parts(self, targets: SparseTargets) -> list[tuple[Tensor, ShapedTail, SparseTargets]]:
         if targets.codes is None:
@@ -80,7 +80,9 @@ def mix(
     seen = [_at(own, tail, ids, is_kept, vocab_size) for own, tail in zip(targets, tails, strict=True)]
     log_weights = torch.tensor(weights, dtype=torch.float64, device=ids.device).log().float()
     # A cell for each kept token, and one for everything else.
-    cells = torch.stack([torch.cat([one.log_p.masked_fill(~is_kept, LOG_FLOOR), one.log_rest[:, None]], -1) for one in seen])
+    cells = torch.stack(
+        [torch.cat([one.log_p.masked_fill(~is_kept, LOG_FLOOR), one.log_rest[:, None]], -1) for one in seen]
+    )
     log_mean = (cells + log_weights[:, None, None]).logsumexp(0)
     counts = torch.cat([is_kept, torch.ones_like(is_kept[:, :1])], -1)
     jsd = ((cells + log_weights[:, None, None]).exp() * (cells - log_mean) * counts).sum((0, -1)).clamp_min(0.0)

@@ -1,9 +1,9 @@
 """Several sources of examples as one: different data by weight, or several teachers over the same data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,14 @@ class MixedExample(CachedExample):
 class DataMixture:
     """Examples of several sources, numbered one source after another, and drawn by weight.
 
-    Every beginning of a run has each source's weight of the examples to within one (see `Interleaving`); within a source
-    examples come epoch after epoch in an order of its own. An epoch of the mixture is as many examples as all sources hold
-    together: with the sources' sizes for weights each of their examples once.
+    Every beginning of a run has each source's weight of the examples to within one (see `Interleaving`); within a
+    source examples come epoch after epoch in an order of its own. An epoch of the mixture is as many examples as all
+    sources hold together: with the sources' sizes for weights each of their examples once.
     """
 
-    def __init__(self, sources: Sequence[ExampleSource], *, names: Sequence[str], weights: Sequence[float | Fraction]) -> None:
+    def __init__(
+        self, sources: Sequence[ExampleSource], *, names: Sequence[str], weights: Sequence[float | Fraction]
+    ) -> None:
         self.sources = tuple(sources)
         self.names = tuple(names)
         self.interleaving = Interleaving(weights)
@@ -37,7 +39,9 @@ class DataMixture:
         """(sources + 1,) number of each source's first example."""
         shards = np.cumsum([0, *(int(source.shard_of[-1]) + 1 for source in sources)])
         self.num_targets = np.concatenate([source.num_targets for source in sources])
-        self.shard_of = np.concatenate([source.shard_of + first for source, first in zip(sources, shards, strict=False)])
+        self.shard_of = np.concatenate(
+            [source.shard_of + first for source, first in zip(sources, shards, strict=False)]
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -97,8 +101,8 @@ class MixedReadAhead:
 class SameExamples:
     """The examples of the first source, with the targets that all sources have for them.
 
-    Order and shards are those of the first source. Others are read by shard as its shards need them, so that memory holds
-    one shard of each; caches of one data set in one order and one --examples-per-shard read each shard once.
+    Order and shards are those of the first source. A shard of it is read with the shards of the others that hold its
+    examples, of which it keeps only those; where all caches divide the data alike, each shard is read once an epoch.
     """
 
     def __init__(self, sources: Sequence[ExampleSource], places: Sequence[NDArray[np.int64]]) -> None:
@@ -132,6 +136,5 @@ class SameExamples:
 
 
 def _joined(example: CachedExample, twins: Sequence[CachedExample]) -> MixedExample:
-    own: dict[str, Any] = {field.name: getattr(example, field.name) for field in fields(CachedExample)}
     by_source = {number: one.targets for number, one in enumerate((example, *twins))}
-    return MixedExample(**own | {"targets": {}}, by_source=by_source)
+    return MixedExample(example.index, example.id, example.token_ids, example.target_positions, {}, by_source)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from distilllens.config import AnyConfig, RunConfig, load_config
+from distilllens.run_config import AnyConfig, RunConfig, load_config
 
 
 def run_options(
@@ -56,9 +56,7 @@ def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., A
     if choices:
         return click.option(flag, name, type=click.Choice(choices), default=None, help=help_text)
     if get_args(kind)[:1] == (Path,):
-        return click.option(
-            flag, name, multiple=True, type=click.Path(path_type=Path), metavar="PATH", help=help_text
-        )
+        return click.option(flag, name, multiple=True, type=click.Path(path_type=Path), metavar="PATH", help=help_text)
     if name == "model":
         return click.option(flag, name, multiple=True, metavar="MODEL", callback=_joined, help=help_text)
     types_by_kind: dict[type, Any] = {int: int, float: float, Path: click.Path(path_type=Path)}

@@ -1,9 +1,8 @@
 """Several caches opened as one source of examples, after everything that could keep them apart was compared."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,32 +49,34 @@ def open_caches(config: TrainConfig) -> SeveralCaches:
     return SeveralCaches(readers, tuple(names), mix, tuple(map(float, weights)), source)
 
 
-def match_each(caches: SeveralCaches, match: Callable[[CacheReader], Matching], *, asked_tail: str | None) -> list[Matching]:
-    """The student held against each cache by ``match``. ValueError where the caches' layers or tails don't fit together."""
-    matchings = [_match(reader, match) for reader in caches.readers]
-    first = matchings[0]
-    for reader, matching in zip(caches.readers[1:], matchings[1:], strict=True):
+def match_each(caches: SeveralCaches, match: Callable[[CacheReader], Matching]) -> list[Matching]:
+    """The student held against each cache by ``match``; what is wrong names the cache."""
+    return [_match(reader, match) for reader in caches.readers]
+
+
+def check_layers(caches: SeveralCaches, matchings: Sequence[Matching]) -> None:
+    """ValueError where the layers or tails that the loss reads don't fit together over the caches."""
+    first, *others = matchings
+    for reader, other in zip(caches.readers[1:], others, strict=True):
         folders = f"{caches.readers[0].folder} and {reader.folder}"
-        if caches.mix == "data" and (first.final_layer, first.pairs) != (matching.final_layer, matching.pairs):
+        if caches.mix == "data" and (first.final_layer, first.pairs) != (other.final_layer, other.pairs):
             raise ValueError(
-                f"{folders} have teachers of {first.final_layer} and {matching.final_layer} layers and pairs "
-                f"{_text(first.pairs)} and {_text(matching.pairs)}: different data is mixed for one set of layers; name "
-                f"layers that every cache holds with --pairs, or leave one of the caches out"
+                f"{folders} have teachers of {first.final_layer} and {other.final_layer} layers and pairs "
+                f"{_text(first.pairs)} and {_text(other.pairs)}: different data is trained on with one set of layers; "
+                f"name with --pairs what every cache holds, or leave one out"
             )
-        students = [[student for student, _ in one.pairs] for one in (first, matching)]
-        if caches.mix == "probabilities" and students[0] != students[1]:
+        matched, theirs = ([student for student, _ in one.pairs] for one in (first, other))
+        if caches.mix == "probabilities" and matched != theirs:
             raise ValueError(
-                f"{folders} match the student's layers {students[0]} and {students[1]}: teachers are mixed as "
-                f"probabilities where all match the same layers; give --pairs, or take --mix losses"
+                f"{folders} match the student's layers {matched} and {theirs}: teachers are mixed as probabilities "
+                f"where all match the same layers; give --pairs, or take --mix losses"
             )
-    if caches.mix == "probabilities":
-        for reader, matching in zip(caches.readers, matchings, strict=True):
-            if not all(map(is_mixable, matching.tails.values())):
-                raise ValueError(
-                    f"--mix probabilities cannot mix the tail {asked_tail or matching.tail} of {reader.folder}: choose --tail "
-                    f"bucket, profile or sketch, or --mix losses"
-                )
-    return matchings
+    for reader, matching in zip(caches.readers, matchings, strict=True):
+        if caches.mix == "probabilities" and not all(map(is_mixable, matching.tails.values())):
+            raise ValueError(
+                f"--mix probabilities cannot mix the tail {matching.tail} of {reader.folder}: choose --tail bucket, "
+                f"profile or sketch, or --mix losses"
+            )
 
 
 def _match(reader: CacheReader, match: Callable[[CacheReader], Matching]) -> Matching:
@@ -113,8 +114,8 @@ def _choose_mix(config: TrainConfig, readers: Sequence[CacheReader]) -> Mix:
         for before in range(number):
             if shared := len(other & digests[before]):
                 raise ValueError(
-                    f"{readers[before].folder} and {readers[number].folder} share {shared} examples and differ in others: say "
-                    f"with --mix data that they are different data, or make both from the same rows for several teachers"
+                    f"{readers[before].folder} and {readers[number].folder} share {shared} examples and differ in "
+                    f"others: --mix data takes them for different data; several teachers need caches of the same rows"
                 )
     return "data"
 
@@ -147,8 +148,8 @@ def _differ(holder: CacheReader, place: int, other: CacheReader) -> CacheError:
         what = "other tokens" if theirs == size else f"{theirs[0]} tokens and {theirs[1]} targets"
         found += f", whose example {id} has {what}"
     return CacheError(
-        f"{found}: teachers are mixed over the same examples. Cache the same rows with the same template and lengths, or "
-        f"mix different data with --mix data."
+        f"{found}: teachers are mixed over the same examples. Cache the same rows with the same template and "
+        f"lengths, or mix different data with --mix data."
     )
 
 

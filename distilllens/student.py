@@ -1,67 +1,28 @@
 """The student as the engine wraps it: model and lens in, sums of losses over target positions out."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from distilllens.collate import Batch
 from distilllens.divergence import cross_entropy, jsd_certificate, sparse_divergence
 from distilllens.divergence_spec import parse_divergence
-from distilllens.fused import Group, Loss, certain_targets
+from distilllens.layer_maps import Pairs
 from distilllens.lens import LogitLens, rows_at
+from distilllens.loss_parts import Part, final_part, final_values, lens_part
 from distilllens.losses import sum_losses
 from distilllens.mixed_batch import MixedBatch, combined
+from distilllens.objective import Objective
+from distilllens.positions import take_highest
 from distilllens.tails import BucketTail
 
-Pairs = tuple[tuple[int, int], ...]
-"""Layers that are matched: (student, teacher), counted from 1."""
 CALIBRATION_BINS = 15
 """Equal-width bins of the expected calibration error (Guo et al. 2017)."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """``(1 - kd_ratio) * CE + kd_ratio * (task + lens_weight * mean over pairs of the lens divergence)``."""
-
-    task: str
-    lens_divergence: str
-    pairs: Pairs
-    lens_weight: float
-    kd_ratio: float
-
-    @property
-    def lens_pairs(self) -> Pairs:
-        """Pairs that the loss needs: none where their weight is 0."""
-        return self.pairs if self.kd_ratio * self.lens_weight > 0 else ()
-
-    def teacher_layers(self, final_layer: int) -> tuple[int, ...]:
-        """Teacher layers whose targets the loss reads."""
-        final = (final_layer,) if self.needs_final_targets else ()
-        return (*sorted({teacher for _, teacher in self.lens_pairs}), *final)
-
-    @property
-    def lens_layers(self) -> tuple[int, ...]:
-        """Student layers whose lens the loss reads."""
-        return tuple(student for student, _ in self.lens_pairs)
-
-    @property
-    def needs_final_targets(self) -> bool:
-        """Whether the loss reads the teacher's final distribution."""
-        return self.kd_ratio > 0 and self.task != "ce"
-
-
-class _Part(NamedTuple):
-    """Rows of the final layer or of a pair, with their losses by name."""
-
-    states: Tensor
-    losses: dict[str, Loss]
-    pair: tuple[int, int] | None = None
-    share: float = 1.0
-    """A row stands for ``1 / share`` rows."""
 
 
 class Student(nn.Module):
@@ -74,11 +35,12 @@ class Student(nn.Module):
         self.objective = objective
         self.chunk_rows = chunk_rows
 
-    def forward(self, batch: Batch, measured_pairs: Pairs | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, measured_pairs: Pairs | None = None, lens_factor: float = 1.0) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
         ``lens/s:t`` is the divergence of a pair. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
-        of the JSD over the whole vocabulary, which sparse targets do not determine.
+        of the JSD over the whole vocabulary, which sparse targets do not determine. ``unsure/final`` and
+        ``unsure/s:t`` count the positions beyond an entropy gate. ``lens_factor`` scales the weight of the lens.
 
         With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``.
         """
@@ -96,57 +58,66 @@ class Student(nn.Module):
                 sums |= self._measure_lens(normed, batch, (student, teacher))
             return sums
         if not isinstance(batch, MixedBatch):
-            total, (sums,) = self._sums([self._parts(batch, hidden, self.objective)])
+            total, (sums,) = self._sums([self._parts(batch, hidden, self.objective, lens_factor)])
             return {"total": total, **sums}
         views, disagreement = batch.taught(vocab_size=self.lens.vocab_size)
-        parts = [
-            self._parts(view.batch, hidden, replace(self.objective, pairs=view.teaching.pairs), view.teaching.weight)
-            for view in views
-        ]
+        parts = []
+        for view in views:
+            own = self._parts(view.batch, hidden, view.teaching.objective, lens_factor)
+            parts.append([part.times(view.teaching.weight) for part in own])
         total, of_views = self._sums(parts)
         return {"total": total, **combined(views, of_views, mix=batch.mix), **disagreement}
 
-    def _parts(
-        self, batch: Batch, hidden: dict[int, Tensor], objective: Objective, weight: float = 1.0
-    ) -> list[_Part]:
-        """The losses of a batch, or of one teacher's view of it, which counts ``weight`` in the total."""
+    def _parts(self, batch: Batch, hidden: dict[int, Tensor], objective: Objective, lens_factor: float) -> list[Part]:
+        """The losses of a batch, or of one view of it."""
         rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
-        rho = weight * objective.kd_ratio
-        # Cross-entropy is the forward KL from all mass on the next token.
-        of_next = certain_targets(batch.next_ids)
-        at_final = {"ce": Loss("fkl", of_next, BucketTail(), weight - rho)}
-        if objective.needs_final_targets:
-            layer = batch.final_layer
-            at_final["task"] = Loss(objective.task, batch.targets[layer], batch.tails[layer], rho)
-        elif rho > 0:
-            at_final["task"] = Loss("fkl", of_next, BucketTail(), rho)
-        parts, share = [_Part(rows[self.lens.num_layers], at_final)], batch.lens_rows.share
-        per_pair = rho * (objective.lens_weight / max(1, len(objective.lens_pairs))) / share
-        for pair in objective.lens_pairs:
-            student, teacher = pair
-            read = batch.lens_rows.at(student)
+        share = objective.positions.share
+        if share < 1.0:
+            chosen = take_highest(self._scores(rows[self.lens.num_layers], batch), batch.num_targets, share)
+            batch, rows = batch.at(chosen), {layer: states[chosen] for layer, states in rows.items()}
+        parts = final_part(objective, batch, rows[self.lens.num_layers])
+        for pair, weight in objective.weight_of_pair.items():
             # Rows that a lens layer doesn't read go through neither norm nor head.
-            normed, targets = self.lens.normed(rows[student][read], student), batch.targets[teacher][read]
-            loss = Loss(objective.lens_divergence, targets, batch.tails[teacher], per_pair)
-            parts.append(_Part(normed, {f"lens/{student}:{teacher}": loss}, pair, share))
+            normed = self.lens.normed(rows[pair[0]][batch.lens_rows.at(pair[0])], pair[0])
+            parts += lens_part(objective, batch, normed, pair, weight * lens_factor)
         return parts
 
-    def _sums(self, parts: Sequence[list[_Part]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    def _sums(self, parts: Sequence[list[Part]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The weighted total, and for each list of parts the sums by name."""
-        flat = [part for some in parts for part in some]
-        groups = [Group(len(part.states), tuple(part.losses.values())) for part in flat]
+        objective, flat = self.objective, [part for some in parts for part in some]
+        groups = [part.group(lens_trains_head=objective.lens_trains_head) for part in flat]
         found = sum_losses([part.states for part in flat], groups, self.lens, chunk_rows=self.chunk_rows)
+        # Beyond a gate there is no JSD, and a sum over some positions would be no limit of anything.
+        has_limits = parse_divergence(objective.lens_divergence).name == "jsd" and objective.gate.lens == math.inf
         of_losses = iter(torch.stack([found.each, found.low, found.slack], -1))
-        is_jsd = parse_divergence(self.objective.lens_divergence).name == "jsd"
-        sums: list[dict[str, Tensor]] = []
+        each: list[dict[str, Tensor]] = []
         for some in parts:
-            sums.append({})
+            sums: dict[str, Tensor] = {}
             for part in some:
                 for name in part.losses:
                     value, low, slack = next(of_losses) / part.share
-                    named = {name: value} if part.pair is None else _named(part.pair, value, low, slack, is_jsd=is_jsd)
-                    sums[-1] |= named
-        return found.total, sums
+                    more = (
+                        {name: value} if part.pair is None else _named(part.pair, value, low, slack, is_jsd=has_limits)
+                    )
+                    sums |= {key: sums[key] + sum_ if key in sums else sum_ for key, sum_ in more.items()}
+                if part.is_unsure:
+                    sums[f"unsure/{part.label}"] = torch.tensor(len(part.states) / part.share, device=found.each.device)
+            each.append(sums)
+        return found.total, each
+
+    @torch.no_grad()
+    def _scores(self, final: Float[Tensor, "N D"], batch: Batch) -> Float[Tensor, " N"]:
+        """What positions are chosen by, of all of them: a head's forward product more."""
+
+        def of_chunk(logits: Tensor, where: slice) -> Tensor:
+            if self.objective.positions.by == "entropy":
+                values = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+            else:
+                values = final_values(self.objective, logits, batch, where)
+            # As a sum over chunks: each gives its own rows, and zeros for the others.
+            return functional.pad(values, (where.start, len(final) - where.start - len(values)))
+
+        return self.lens.sum_over_chunks(final, of_chunk, chunk_rows=self.chunk_rows)
 
     def _measure_lens(self, rows: Tensor, batch: Batch, pair: tuple[int, int]) -> dict[str, Tensor]:
         targets, tail = batch.targets[pair[1]], batch.tails[pair[1]]

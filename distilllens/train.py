@@ -12,13 +12,14 @@ import torch
 
 from distilllens.batches import Steps
 from distilllens.checkpoint import RunState, find_checkpoint, load_state, save_checkpoint, save_model
-from distilllens.collate import collate
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
 from distilllens.engine import Engine, choose_device, start_engine
 from distilllens.interruption import Interruption
-from distilllens.lens_rows import choose_lens_rows
+from distilllens.lens_schedule import lens_factor
 from distilllens.metrics import Metrics, RunningSums
+from distilllens.mixed_batch import MixedBatch
+from distilllens.mixture import DataMixture, MixedReadAhead
 from distilllens.schedule import learning_rate
 from distilllens.self_check import check_objective
 from distilllens.teacher_forced import averages
@@ -52,6 +53,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         examples_per_micro_batch=config.per_device_train_batch_size,
         micro_batches=config.gradient_accumulation_steps,
         world_size=engine.world_size,
+        positions_share=config.positions_share,
     )
     num_steps = config.max_steps if config.max_steps > 0 else steps.for_epochs(config.num_train_epochs)
     identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
@@ -60,7 +62,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         state = load_state(checkpoint, identity)
         engine.load_state(checkpoint)
         say(f"Resuming from {checkpoint} after step {state.global_step}")
-    with ReadAhead(run.source, steps.order) as examples:
+    with steps.read_ahead() as examples:
         _self_check(run, examples, steps)
         if engine.is_main:
             _start_output(config)
@@ -71,9 +73,11 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
 
 
-def train(run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, state: RunState) -> None:
+def train(
+    run: TrainingRun, engine: Engine, examples: ReadAhead | MixedReadAhead, steps: Steps, state: RunState
+) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
-    config, num_steps, lens_layers = run.config, state.max_steps, run.student.objective.lens_layers
+    config, num_steps = run.config, state.max_steps
     metrics = Metrics(config.output_dir, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
     sums.restore(state.pending)
@@ -82,15 +86,15 @@ def train(run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, s
         while state.global_step < num_steps:
             step = state.global_step
             num_targets = steps.num_targets(step)
+            factor = lens_factor(config.lens_schedule, step=step, num_steps=num_steps)
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
                 chosen = [examples[place] for place in steps.places(step, number, engine.rank)]
-                rows = choose_lens_rows(chosen, lens_layers, share=config.lens_rows, seed=config.seed, step=step)
-                batch = collate(chosen, run.tails, lens_rows=rows).to(engine.device)
+                batch = run.batch(chosen, step).to(engine.device)
                 waited = time.perf_counter() - started
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))
-                losses = engine.forward(batch)
+                losses = engine.forward(batch, lens_factor=factor)
                 _require_finite(losses["total"].item(), "loss", step, batch.ids, config)
                 engine.backward(losses["total"] / num_targets)
                 sums.add(losses, tokens=int(batch.attention_mask.sum()), waited=waited)
@@ -105,6 +109,7 @@ def train(run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, s
                 values = sums.flush() | {
                     "train/grad_norm": gradient_norm,
                     "train/learning_rate": rate,
+                    "train/lens_weight": config.lens_weight * factor,
                     "train/epoch": state.epoch,
                 }
                 state.log_history.append(metrics.log(state.global_step, values))
@@ -146,12 +151,20 @@ def evaluate_student(run: TrainingRun, engine: Engine) -> dict[str, float]:
     return result
 
 
-def _self_check(run: TrainingRun, examples: ReadAhead, steps: Steps) -> None:
-    if not run.tails:
+def _self_check(run: TrainingRun, examples: ReadAhead | MixedReadAhead, steps: Steps) -> None:
+    if not run.reads_targets:
         return
-    objective = run.student.objective
-    first = collate([examples[place] for place in steps.places(0, 0, 0)], run.tails)
-    check_objective(first, objective, vocab_size=run.student.lens.vocab_size)
+    objective, vocab_size = run.student.objective, run.student.lens.vocab_size
+    chosen = [examples[place] for place in steps.places(0, 0, 0)]
+    if isinstance(run.source, DataMixture):
+        # A cache of little weight may not be among the first examples.
+        chosen += [run.source[int(start)] for start in run.source.starts[:-1]]
+    batch = run.batch(chosen, 0)
+    if isinstance(batch, MixedBatch):
+        for view in batch.taught(vocab_size=vocab_size)[0]:
+            check_objective(view.batch, view.teaching.objective, vocab_size=vocab_size)
+    else:
+        check_objective(batch, objective, vocab_size=vocab_size)
     pairs = ", ".join(f"{student}:{teacher}" for student, teacher in objective.lens_pairs) or "none"
     say(
         f"Self-check passed: task {objective.task}, lens {objective.lens_divergence} on pairs {pairs}, "

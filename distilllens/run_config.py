@@ -1,0 +1,88 @@
+"""What the configs of all runs share: frozen models, their types, one YAML file under flags."""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+def split_text(value: Any) -> Any:
+    """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _one_or_more(value: Any) -> Any:
+    """A file may name one, or list several."""
+    return (value,) if isinstance(value, str | Path) else () if value is None else value
+
+
+def _text(value: Any) -> Any:
+    """``top_k: 64`` and ``layers: [4, 8]`` in YAML are the texts ``"64"`` and ``"4,8"`` of a command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(str(part) for part in value)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={part}" for key, part in value.items())
+    return str(value) if isinstance(value, int | float) else value
+
+
+Numbers = Annotated[tuple[float, ...], BeforeValidator(split_text)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_more)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(split_text)]
+Spec = Annotated[str, BeforeValidator(_text)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RunConfig(BaseModel):
+    """What every run shares: frozen, unknown keys refused, the text below a field is the help of its flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+
+
+def load_config(model: type[AnyConfig], *, file: Path | None, flags: dict[str, Any]) -> AnyConfig:
+    """The run that ``file`` (YAML) and ``flags`` describe; flags win.
+
+    Raises ValueError with one line per mistake, named by key.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file: --config takes a YAML file with the keys of this command")
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not valid YAML: {error}") from None
+        if not isinstance(loaded, dict | None):
+            raise ValueError(f"{file} holds a {type(loaded).__name__}, not keys with values")
+        values = {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
+    values |= flags
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        source = str(file) if file is not None and not flags else "the command line"
+        if file is not None and flags:
+            source = f"{file} with the command line"
+        raise ValueError(_sentences(error, source)) from None
+
+
+def _sentences(error: ValidationError, source: str) -> str:
+    mistakes = []
+    for detail in error.errors():
+        name = ".".join(str(part) for part in detail["loc"]) or "together"
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "missing":
+            message = f"is required: give --{name.replace('_', '-')}"
+        mistakes.append(f"  {name}: {message}")
+    noun = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    return f"{source} has {noun}:\n" + "\n".join(mistakes)
+
+
+def save_config(config: RunConfig, file: Path) -> None:
+    """Write the resolved run as YAML beside its output."""
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
