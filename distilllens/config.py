@@ -165,6 +165,13 @@ class LoraConfig(RunConfig):
     lora_merge: bool = False
     """Also write the student with its adapters merged, an ordinary model folder, to "merged" in the output folder."""
 
+    @model_validator(mode="after")
+    def _adapters_have_a_rank(self) -> "LoraConfig":
+        for name in () if self.lora_r is not None else ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} is for new adapters: give --lora-r, or drop it")
+        return self
+
 
 class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """One student trained from a cache."""
@@ -255,7 +262,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
     model: Annotated[tuple[str, ...], BeforeValidator(split_text)]
-    """Model folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
+    """Model folder, adapter folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
     revision: str | None = None
     """Revision of a model on the hub."""
     dataset: str | None = None

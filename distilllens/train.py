@@ -26,6 +26,8 @@ from distilllens.teacher_forced import averages
 from distilllens.training_run import TrainingRun, open_run
 
 RESOLVED = "config.resolved.yaml"
+MERGED = "merged"
+"""Folder in the output for a LoRA student with its adapters merged."""
 
 
 class NonFiniteError(ValueError):
@@ -66,7 +68,13 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         _start_output(config)
     engine.barrier()
     train(run, engine, steps, state)
-    save_model(run.model, run.tokenizer, config.output_dir, engine)
+    save_model(run.saved, run.tokenizer, config.output_dir, engine)
+    if run.adapter is not None and config.lora_merge:
+        with engine.whole_weights(run.adapter):
+            merged = run.adapter.merge()
+            if engine.is_main:
+                merged.save_pretrained(config.output_dir / MERGED)
+                run.tokenizer.save_pretrained(config.output_dir / MERGED)
     engine.barrier()
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
 
@@ -120,7 +128,7 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
                     config.output_dir,
                     state,
                     engine=engine,
-                    model=run.model,
+                    model=run.saved,
                     tokenizer=run.tokenizer,
                     keep=config.save_total_limit,
                 )
