@@ -12,6 +12,7 @@ from distilllens.run_config import (
     PositiveInt,
     RunConfig,
     Spec,
+    config_text,
     load_config,
     save_config,
     split_text,
@@ -27,6 +28,7 @@ __all__ = [
     "NewStudentConfig",
     "RunConfig",
     "TrainConfig",
+    "config_text",
     "load_config",
     "save_config",
 ]
@@ -242,6 +244,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """Checkpoints kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
+    dry_run: bool = False
+    """Check the config, print it resolved, and stop; nothing is opened."""
     deepspeed: Path | None = None
     """DeepSpeed configuration (JSON). With several ranks and no file, the shipped ZeRO-2 one is used."""
     local_rank: int | None = None

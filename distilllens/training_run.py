@@ -30,7 +30,7 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "eval_cache", "max_steps", "num_train_epochs", "lora_merge",
+    "student", "cache", "eval_cache", "max_steps", "num_train_epochs", "lora_merge", "dry_run",
 }  # fmt: skip
 """Settings that a resumed run may change; the cache is compared by its digest, the length by its steps."""
 
