@@ -15,8 +15,10 @@ from distilllens.config import (
     EvaluateConfig,
     NewStudentConfig,
     TrainConfig,
+    config_text,
 )
 from distilllens.options import run_options
+from distilllens.recipes import recipes
 from distilllens_inspect.commands import inspect
 
 INTERRUPTED = 130
@@ -86,7 +88,12 @@ def train(config: TrainConfig) -> None:
           --task fkl --learning-rate 2e-4 --output-dir run/ --resume-from-checkpoint
       torchrun --nproc-per-node 2 -m distilllens train --config run.yaml
       distilllens train --method sft --student student/ --dataset rows.jsonl --output-dir sft/
+      distilllens train --student big/ --cache cache/ --lora-r 8 --lora-merge --output-dir adapter/
+      distilllens train --config run.yaml --dry-run
     """
+    if config.dry_run:
+        click.echo(config_text(config), nl=False)
+        return
     from distilllens.train import run_train
 
     run_train(config)
@@ -140,6 +147,7 @@ def env(as_json: bool) -> None:
 
 
 cli.add_command(inspect)
+cli.add_command(recipes)
 
 
 def _examples_last(command: click.Command) -> None:

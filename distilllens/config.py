@@ -14,6 +14,7 @@ from distilllens.run_config import (
     PositiveInt,
     RunConfig,
     Spec,
+    config_text,
     load_config,
     save_config,
     split_text,
@@ -29,6 +30,7 @@ __all__ = [
     "NewStudentConfig",
     "RunConfig",
     "TrainConfig",
+    "config_text",
     "load_config",
     "save_config",
 ]
@@ -167,6 +169,13 @@ class LoraConfig(RunConfig):
     lora_merge: bool = False
     """Also write the student with its adapters merged, an ordinary model folder, to "merged" in the output folder."""
 
+    @model_validator(mode="after")
+    def _adapters_have_a_rank(self) -> "LoraConfig":
+        for name in () if self.lora_r is not None else ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} is for new adapters: give --lora-r, or drop it")
+        return self
+
 
 class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """One student trained from a cache."""
@@ -244,6 +253,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """Checkpoints kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
+    dry_run: bool = False
+    """Check the config, print it resolved, and stop; nothing is opened."""
     deepspeed: Path | None = None
     """DeepSpeed configuration (JSON). With several ranks and no file, the shipped ZeRO-2 one is used."""
     local_rank: int | None = None
@@ -283,7 +294,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
     model: Annotated[tuple[str, ...], BeforeValidator(split_text)]
-    """Model folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
+    """Model folder, adapter folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
     revision: str | None = None
     """Revision of a model on the hub."""
     dataset: str | None = None

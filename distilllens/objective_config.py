@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distilllens.by_layer import parse_gate, parse_tail_choices
 from distilllens.divergence_spec import parse_divergence
@@ -48,11 +48,6 @@ def _gate(text: str | None) -> str | None:
     return text
 
 
-def _on_or_off(value: Any) -> Any:
-    """YAML reads a bare ``on`` as true."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
 class ObjectiveConfig(RunConfig):
     """Task, lens, and the positions that they are computed at."""
 
@@ -78,7 +73,7 @@ class ObjectiveConfig(RunConfig):
     lens_rows: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of the target positions that each lens layer reads, drawn anew in every step. Less is cheaper and leaves
     the loss unbiased."""
-    lens_head_grad: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = "on"
+    lens_head_grad: Literal["on", "off"] = "on"
     """off: lens pairs train the layers under the head, and the head learns from the final layer alone."""
     entropy_gate: Annotated[Spec | None, AfterValidator(_gate)] = None
     """Entropy in nats of a target (kept tokens and rest) above which forward KL takes the place of the divergence, as

@@ -27,6 +27,8 @@ from distilllens.training_run import TrainingRun, open_run
 from distilllens_cache import ReadAhead
 
 RESOLVED = "config.resolved.yaml"
+MERGED = "merged"
+"""Folder in the output for a LoRA student with its adapters merged."""
 
 
 class NonFiniteError(ValueError):
@@ -68,7 +70,13 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
             _start_output(config)
         engine.barrier()
         train(run, engine, examples, steps, state)
-    save_model(run.model, run.tokenizer, config.output_dir, engine)
+    save_model(run.saved, run.tokenizer, config.output_dir, engine)
+    if run.adapter is not None and config.lora_merge:
+        with engine.whole_weights(run.adapter):
+            merged = run.adapter.merge()
+            if engine.is_main:
+                merged.save_pretrained(config.output_dir / MERGED)
+                run.tokenizer.save_pretrained(config.output_dir / MERGED)
     engine.barrier()
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
 
@@ -123,7 +131,7 @@ def train(
                     config.output_dir,
                     state,
                     engine=engine,
-                    model=run.model,
+                    model=run.saved,
                     tokenizer=run.tokenizer,
                     keep=config.save_total_limit,
                 )

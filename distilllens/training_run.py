@@ -8,8 +8,10 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilllens.adapters import LoraAdapter, add_adapter, continue_adapter
 from distilllens.batches import ExampleSource
 from distilllens.by_layer import parse_gate
+from distilllens.checkpoint import Saved
 from distilllens.collate import Batch, collate
 from distilllens.config import TrainConfig
 from distilllens.console import say
@@ -20,6 +22,7 @@ from distilllens.lens_rows import LensRows, choose_lens_rows
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.mixed_batch import Teaching, Teachings, collate_mixed
 from distilllens.mixture import DataMixture, MixedExample
+from distilllens.model_source import source_kind
 from distilllens.models import load_model, load_tokenizer
 from distilllens.objective import Gate, Objective, Positions
 from distilllens.self_check import check_alignment
@@ -32,7 +35,7 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "cache_weights", "mix", "eval_cache", "max_steps", "num_train_epochs",
+    "student", "cache", "cache_weights", "mix", "eval_cache", "max_steps", "num_train_epochs", "lora_merge", "dry_run",
 }  # fmt: skip
 """Settings that a resumed run may change; caches are compared by digest and weight, the length by its steps."""
 
@@ -77,6 +80,8 @@ class TrainingRun:
 
     config: TrainConfig
     model: PreTrainedModel
+    adapter: LoraAdapter | None
+    """Of a LoRA student: what is trained in ``model``, and saved of it."""
     tokenizer: PreTrainedTokenizerBase
     student: Student
     source: ExampleSource | DataMixture
@@ -104,6 +109,11 @@ class TrainingRun:
             return collate(examples, self.tails, lens_rows=lens_rows(examples))
         return collate_mixed(cast(Sequence[MixedExample], examples), self.teachings, lens_rows=lens_rows)
 
+    @property
+    def saved(self) -> Saved:
+        """What checkpoints and the output folder hold."""
+        return self.model if self.adapter is None else self.adapter
+
 
 def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     """Open student and data and check that they belong together; nothing is written.
@@ -112,7 +122,7 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     """
     source = str(start_from or config.student)
     revision = None if start_from else config.student_revision
-    model = load_model(source, revision=revision, attn_implementation=config.attn_implementation)
+    model, adapter = _open_model(config, source, revision, is_resumed=start_from is not None)
     tokenizer = load_tokenizer(source, revision=revision)
     require_matching_tokenizer(model, tokenizer, source)
     if config.gradient_checkpointing:
@@ -126,12 +136,34 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     opened = open_source(config, model, tokenizer)
     asked = {name: value for name, value in config.model_dump(mode="json").items() if name not in RESUME_IGNORES}
     identity = asked | opened.identity
+    if adapter is not None:
+        identity["lora_base"] = adapter.base_digest
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
     student = Student(model, opened.lens, opened.objective, chunk_rows=config.loss_chunk_rows)
     return TrainingRun(
-        config, model, tokenizer, student, opened.source, opened.tails, evaluation, identity, opened.teachings
+        config, model, adapter, tokenizer, student, opened.source, opened.tails, evaluation, identity, opened.teachings
     )
+
+
+def _open_model(
+    config: TrainConfig, source: str, revision: str | None, *, is_resumed: bool
+) -> tuple[PreTrainedModel, LoraAdapter | None]:
+    is_adapter = source_kind(source) == "adapter"
+    if is_adapter and config.lora_r is not None and not is_resumed:
+        raise ValueError(
+            f"--student {source} is an adapter with a rank of its own: drop --lora-r to train it on, or give its base"
+        )
+    if config.lora_merge and config.lora_r is None and not is_adapter:
+        raise ValueError(f"--lora-merge: {source} is no adapter and gets none; drop it, or give --lora-r")
+    if is_adapter:
+        adapter = continue_adapter(source, attn_implementation=config.attn_implementation)
+        return adapter.model, adapter
+    model = load_model(source, revision=revision, attn_implementation=config.attn_implementation)
+    if config.lora_r is None:
+        return model, None
+    adapter = add_adapter(model, config, source=source, revision=revision, seed=config.seed)
+    return adapter.model, adapter
 
 
 @dataclass(frozen=True)
