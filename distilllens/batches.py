@@ -35,12 +35,12 @@ class Steps:
             return self.source.order(self.seed)
         return Order(self.source.shard_of, seed=self.seed)
 
-    def read_ahead(self) -> ReadAhead | MixedReadAhead:
-        """The run's examples by place."""
+    def read_ahead(self, *, stop: int | None = None) -> ReadAhead | MixedReadAhead:
+        """The run's examples by place; the run ends at place ``stop``, if it does."""
         if isinstance(self.order, MixedOrder):
-            return self.order.read_ahead()
+            return self.order.read_ahead(stop)
         assert not isinstance(self.source, DataMixture)
-        return ReadAhead(self.source, self.order)
+        return ReadAhead(self.source, self.order, stop=stop)
 
     @property
     def examples_per_step(self) -> int:

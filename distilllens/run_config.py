@@ -15,11 +15,6 @@ def split_text(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) else value
 
 
-def _one_or_more(value: Any) -> Any:
-    """A file may name one, or list several."""
-    return (value,) if isinstance(value, str | Path) else () if value is None else value
-
-
 def _text(value: Any) -> Any:
     """``top_k: 64`` and ``layers: [4, 8]`` in YAML are the texts ``"64"`` and ``"4,8"`` of a command line."""
     if isinstance(value, list | tuple):
@@ -30,7 +25,6 @@ def _text(value: Any) -> Any:
 
 
 Numbers = Annotated[tuple[float, ...], BeforeValidator(split_text)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_one_or_more)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(split_text)]
 Spec = Annotated[str, BeforeValidator(_text)]
 PositiveInt = Annotated[int, Field(ge=1)]

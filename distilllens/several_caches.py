@@ -32,12 +32,12 @@ class SeveralCaches:
 
 def open_caches(config: TrainConfig) -> SeveralCaches:
     """Open the caches of a run. CacheError or ValueError naming the caches that don't go together, and why."""
-    readers = tuple(CacheReader(folder) for folder in config.cache)
+    readers = tuple(CacheReader(config.cache_folder(location)) for location in config.cache)
     for other in readers[1:]:
         _require_equal_identity(readers[0], other)
-    names = [folder.resolve().name for folder in config.cache]
+    names = [location.rstrip("/").rpartition("/")[2] for location in config.cache]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in config.cache]
+        names = list(config.cache)
     mix = _choose_mix(config, readers)
     given = config.cache_weights
     if mix == "data":

@@ -23,7 +23,7 @@ from distilllens.vocabulary import tokenizer_digest
 from distilllens.weights_digest import weights_digest
 from distilllens_cache import CacheReader
 
-NOT_SETTINGS = {"output_dir", "overwrite", "batch_size", "device"}
+NOT_SETTINGS = {"output_dir", "overwrite", "batch_size", "device", "spool_dir", "spool_bytes"}
 """Keys of the config that neither predictions nor scores depend on."""
 
 PACKAGES = ("torch", "transformers", "tokenizers", "rouge-score", "nltk")
@@ -124,7 +124,7 @@ def _cache_digest(config: EvaluateConfig, subjects: Sequence[Subject]) -> str | 
     """The cache's digest, after every model's tokenizer was held against it: before any of them is run."""
     if config.cache is None:
         return None
-    reader = CacheReader(config.cache)
+    reader = CacheReader(config.cache_folder(config.cache))
     allowed = tuple(part.strip() for part in (config.allow_mismatch or "").split(",") if part.strip())
     for subject in subjects:
         reader.require(tokenizer_digest=tokenizer_digest(subject.tokenizer), allow_mismatch=allowed)

@@ -13,7 +13,7 @@ from distilllens.matching import match_student
 from distilllens.objective import Objective
 from distilllens.student import Student
 from distilllens.tails import Tail
-from distilllens_cache import CacheReader
+from distilllens_cache import CacheFolder, CacheReader
 
 MEASURE_TOKENS = 4096
 """Token budget of one batch, padding included."""
@@ -72,7 +72,7 @@ def averages(
 def score_against_cache(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
+    cache: Path | str | CacheFolder,
     *,
     pairs: str | None = None,
     tail: str | None = None,

@@ -64,7 +64,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         state = load_state(checkpoint, identity)
         engine.load_state(checkpoint)
         say(f"Resuming from {checkpoint} after step {state.global_step}")
-    with steps.read_ahead() as examples:
+    with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
         _self_check(run, examples, steps)
         if engine.is_main:
             _start_output(config)

@@ -35,7 +35,8 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "cache_weights", "mix", "eval_cache", "max_steps", "num_train_epochs", "lora_merge", "dry_run",
+    "student", "cache", "cache_weights", "mix", "eval_cache", "spool_dir", "spool_bytes", "max_steps",
+    "num_train_epochs", "lora_merge", "dry_run",
 }  # fmt: skip
 """Settings that a resumed run may change; caches are compared by digest and weight, the length by its steps."""
 
@@ -179,8 +180,8 @@ class _Opened:
 
 
 def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Opened:
-    (folder,) = config.cache
-    reader = CacheReader(folder)
+    (location,) = config.cache
+    reader = CacheReader(config.cache_folder(location))
     matching = _match_for_loss(config, model, tokenizer, reader)
     objective = _objective_for(config, model, matching)
     if config.method != "sft":
@@ -260,7 +261,7 @@ def _open_evaluation(
 ) -> Evaluation | None:
     if config.eval_cache is None:
         return None
-    reader = CacheReader(config.eval_cache)
+    reader = CacheReader(config.cache_folder(config.eval_cache))
     # What is reported is forward KL and JSD, whatever the loss.
     return Evaluation(reader, _match(config, model, tokenizer, reader))
 

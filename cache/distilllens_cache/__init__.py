@@ -1,5 +1,6 @@
 """Read, write and verify caches of a teacher's sparse lens targets. Needs neither torch nor transformers."""
 
+from distilllens_cache.cache_folder import CacheFolder, open_folder
 from distilllens_cache.canary import CanaryResult, canary
 from distilllens_cache.codec import CODECS, Codec
 from distilllens_cache.errors import CacheError
@@ -11,6 +12,7 @@ from distilllens_cache.plan import plan_shards
 from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
 from distilllens_cache.sketch import Projection, Sketch
+from distilllens_cache.spool import Spool
 from distilllens_cache.stream import CacheStream
 from distilllens_cache.tail_spec import SketchSpec, TailSpec, parse_tail_spec
 from distilllens_cache.tail_sums import FIXED_POINT, tail_profile
@@ -33,6 +35,7 @@ __all__ = [
     "READER_FIELDS",
     "WINDOW_SHARDS",
     "CacheError",
+    "CacheFolder",
     "CacheReader",
     "CacheStream",
     "CacheWriter",
@@ -53,6 +56,7 @@ __all__ = [
     "Sketch",
     "SketchRecord",
     "SketchSpec",
+    "Spool",
     "TailSamples",
     "TailSpec",
     "TokenizerIdentity",
@@ -60,6 +64,7 @@ __all__ = [
     "canary",
     "compare_identity",
     "example_digest",
+    "open_folder",
     "parse_tail_spec",
     "plan_shards",
     "tail_profile",

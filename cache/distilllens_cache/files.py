@@ -23,15 +23,20 @@ def read_recorded(folder: Path, record: FileRecord, *, max_bytes: int) -> bytes:
             f"This is no cache of ours."
         )
     data = read_plain(folder, record.name, max_bytes=record.size)
+    check_recorded(data, record, where=folder)
+    return data
+
+
+def check_recorded(data: bytes, record: FileRecord, *, where: object) -> None:
+    """`CacheError` unless the bytes of a file, found ``where``, have the size and the digest of its record."""
     if len(data) != record.size:
-        raise CacheError(f"{record.name} in {folder} has {len(data)} bytes, its record says {record.size}. {REPAIR}")
+        raise CacheError(f"{record.name} in {where} has {len(data)} bytes, its record says {record.size}. {REPAIR}")
     found = hashlib.sha256(data).hexdigest()
     if found != record.sha256:
         raise CacheError(
-            f"{record.name} in {folder} is damaged: its bytes have the sha256 {found[:12]}…, its record says "
+            f"{record.name} in {where} is damaged: its bytes have the sha256 {found[:12]}…, its record says "
             f"{record.sha256[:12]}…. {REPAIR}"
         )
-    return data
 
 
 def read_plain(folder: Path, name: str, *, max_bytes: int) -> bytes:

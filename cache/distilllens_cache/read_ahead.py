@@ -40,7 +40,13 @@ class ReadAhead:
     """
 
     def __init__(
-        self, source: ShardSource, order: Order, *, shards_ahead: int = WINDOW_SHARDS, threads: int = 2
+        self,
+        source: ShardSource,
+        order: Order,
+        *,
+        stop: int | None = None,
+        shards_ahead: int = WINDOW_SHARDS,
+        threads: int = 2,
     ) -> None:
         if shards_ahead < 0 or threads < 1:
             raise ValueError(
@@ -48,6 +54,8 @@ class ReadAhead:
             )
         self.source = source
         self.order = order
+        self.stop = stop
+        """The place where the run ends, if it does: no window from there on is read ahead."""
         self.shards_ahead = shards_ahead
         self.threads = threads
         self._start_anew()
@@ -108,5 +116,7 @@ class ReadAhead:
             if window == len(epoch.shards):
                 number, window = number + 1, 0
                 epoch = self.order.epoch(number)
+            if self.stop is not None and number * self.order.num_examples + epoch.starts[window] >= self.stop:
+                break
             wanted += [shard for shard in epoch.shards[window] if shard not in wanted]
         return wanted[:enough]

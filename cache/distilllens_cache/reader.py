@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distilllens_cache import layout
+from distilllens_cache.cache_folder import CacheFolder, open_folder
 from distilllens_cache.codec import find_codec
 from distilllens_cache.errors import CacheError
-from distilllens_cache.files import read_plain, read_recorded
 from distilllens_cache.identity import READER_FIELDS
 from distilllens_cache.index import Index
 from distilllens_cache.manifest import Manifest, from_bytes
 from distilllens_cache.shard import Expected, decode_shard
-from distilllens_cache.sketch import Sketch
-from distilllens_cache.sketch_store import read_sketch
+from distilllens_cache.sketch import Sketch, decode_sketch
 from distilllens_cache.tail_rows import decode_tail_rows
 from distilllens_cache.tail_sums import decode_tails
 from distilllens_cache.targets import CachedExample
@@ -29,18 +28,23 @@ class CacheReader:
     before it is parsed; whatever is wrong is a `CacheError` that names the file. Arrays are read-only,
     since examples are shared. Without ``tail_rows`` those files are not read, and targets have neither
     codes nor samples.
+
+    ``folder`` is a path, or a URL of fsspec such as ``s3://bucket/cache``, whose files are spooled on this machine; for
+    a spool other than the default, give ``open_folder(url, spool=Spool(folder, max_bytes))``.
     """
 
-    def __init__(self, folder: Path | str, *, shards_in_memory: int = 4, tail_rows: bool = True) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str | CacheFolder, *, shards_in_memory: int = 4, tail_rows: bool = True) -> None:
+        self.folder = open_folder(folder)
         data = read_manifest(self.folder)
         self.digest = hashlib.sha256(data).hexdigest()
         """SHA-256 of the manifest, and so of everything it names."""
+        self.manifest_bytes = len(data)
+        """Bytes of the manifest."""
         self.manifest = from_bytes(Manifest, data, name=f"{layout.MANIFEST} in {self.folder}")
         for shard in self.manifest.shards:
             find_codec(shard.codec)
         stops = np.cumsum([shard.num_examples for shard in self.manifest.shards], dtype=np.int64)
-        index_data = read_recorded(self.folder, self.manifest.index, max_bytes=layout.MAX_FILE_BYTES)
+        index_data = self.folder.read_recorded(self.manifest.index, max_bytes=layout.MAX_FILE_BYTES)
         self._index = Index(index_data, num_examples=self.manifest.num_examples)
         self.ids: list[str] = self._index.ids
         """(N,) names of the examples."""
@@ -85,7 +89,7 @@ class CacheReader:
         record = self.manifest.shards[number]
         first, stop = int(self._starts[number]), int(self._starts[number + 1])
         expected = Expected(first, [self._index[place] for place in range(first, stop)])
-        data = read_recorded(self.folder, record, max_bytes=layout.MAX_SHARD_BYTES)
+        data = self.folder.read_recorded(record, max_bytes=layout.MAX_SHARD_BYTES)
         examples = decode_shard(data, expected, self.manifest.identity, find_codec(record.codec), name=record.name)
         if self.tail_rows:
             self.add_tail_rows(number, examples)
@@ -97,20 +101,25 @@ class CacheReader:
         if shard.tail_rows is None:
             return
         name, is_lossless = shard.tail_rows.name, find_codec(shard.codec).is_lossless
-        data = read_recorded(self.folder, shard.tail_rows, max_bytes=layout.MAX_SHARD_BYTES)
+        data = self.folder.read_recorded(shard.tail_rows, max_bytes=layout.MAX_SHARD_BYTES)
         decode_tail_rows(data, examples, self.manifest.identity, is_lossless=is_lossless, name=name)
 
     def sketches(self) -> dict[int, Sketch]:
         """Sketches by layer, read and checked anew; empty if none are stored."""
-        identity = self.manifest.identity
-        return {layer: read_sketch(self.folder, record, identity) for layer, record in self.manifest.sketches.items()}
+        return {layer: self.sketch(layer) for layer in self.manifest.sketches}
+
+    def sketch(self, layer: int) -> Sketch:
+        """The sketch of a layer that has one, read and checked anew."""
+        record = self.manifest.sketches[layer]
+        data = self.folder.read_recorded(record.sketch, max_bytes=layout.MAX_FILE_BYTES)
+        return decode_sketch(data, record, vocab_size=self.manifest.identity.vocab_size)
 
     def tail_sums(self) -> dict[int, NDArray[np.int64]]:
         """Tail sums of the cache by layer, (V,) in units of 1 / `FIXED_POINT`; empty if none are stored."""
         record = self.manifest.tail_sums
         if record is None:
             return {}
-        data = read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+        data = self.folder.read_recorded(record, max_bytes=layout.MAX_FILE_BYTES)
         return decode_tails(data, self.manifest.identity, num_targets=self.manifest.num_targets, name=record.name)
 
     @property
@@ -121,17 +130,7 @@ class CacheReader:
     @property
     def tokenizer_folder(self) -> Path:
         """The folder of the tokenizer's files, after each was digested and no other was found beside them."""
-        for record in self.manifest.tokenizer_files:
-            read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
-        path = self.folder / layout.TOKENIZER
-        known = {record.name for record in self.manifest.tokenizer_files}
-        for found in sorted(path.rglob("*")):
-            name = found.relative_to(self.folder).as_posix()
-            if name not in known and (found.is_symlink() or not found.is_dir()):
-                raise CacheError(
-                    f"{name} in {self.folder} is not part of the cache and could change its tokenizer. Remove it."
-                )
-        return path
+        return self.folder.tokenizer(self.manifest.tokenizer_files)
 
     def require(
         self,
@@ -189,12 +188,11 @@ class CacheReader:
                 )
 
 
-def read_manifest(folder: Path) -> bytes:
+def read_manifest(folder: CacheFolder) -> bytes:
     """The bytes of the manifest; a `CacheError` that says what to do if there is none."""
-    if not folder.is_dir():
-        raise CacheError(f"{folder} is not a folder. A cache is a folder that `distilllens cache-teacher` made.")
-    if not (folder / layout.MANIFEST).is_file():
-        if (folder / layout.PLAN).is_file():
+    folder.require()
+    if not folder.exists(layout.MANIFEST):
+        if folder.exists(layout.PLAN):
             raise CacheError(
                 f"{folder} is unfinished: it has a plan but no {layout.MANIFEST}, so its writer was stopped. "
                 f"Run `distilllens cache-teacher` again with the same config to finish it."
@@ -203,4 +201,4 @@ def read_manifest(folder: Path) -> bytes:
             f"{folder} has no {layout.MANIFEST}: not a teacher cache, or one whose writer was stopped. "
             f"Run `distilllens cache-teacher` again with the same config to finish it."
         )
-    return read_plain(folder, layout.MANIFEST, max_bytes=layout.MAX_JSON_BYTES)
+    return folder.read(layout.MANIFEST, max_bytes=layout.MAX_JSON_BYTES)

@@ -47,7 +47,8 @@ class CacheStream:
         self.rank = rank
         self.world_size = world_size
         self._place = 0
-        self._ahead = ReadAhead(reader, self.order, shards_ahead=shards_ahead, threads=threads)
+        stop = None if epochs is None else epochs * len(reader)
+        self._ahead = ReadAhead(reader, self.order, stop=stop, shards_ahead=shards_ahead, threads=threads)
 
     @property
     def epoch(self) -> int:

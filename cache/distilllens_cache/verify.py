@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distilllens_cache import layout
+from distilllens_cache.cache_folder import CacheFolder, open_folder
 from distilllens_cache.canary import CanaryResult, canary
 from distilllens_cache.errors import CacheError
-from distilllens_cache.files import read_plain, read_recorded
 from distilllens_cache.manifest import (
     FileRecord,
     LayerStats,
@@ -23,7 +23,7 @@ from distilllens_cache.manifest import (
     sketches_digest,
 )
 from distilllens_cache.reader import CacheReader
-from distilllens_cache.sketch_store import read_projection, read_sketch
+from distilllens_cache.sketch import decode_projection
 from distilllens_cache.tail_sums import add_tails, decode_tails
 from distilllens_cache.targets import CachedExample
 
@@ -61,13 +61,13 @@ Progress = Callable[[str, int, int], None]
 """Called with the file at hand, the bytes checked so far, and all bytes."""
 
 
-def verify_cache(folder: Path | str, progress: Progress | None = None) -> VerifyReport:
+def verify_cache(folder: Path | str | CacheFolder, progress: Progress | None = None) -> VerifyReport:
     """Check every file of a cache: digests, schema, meaning, sums, canary. A bad cache never raises."""
-    return _Check(Path(folder), progress).run()
+    return _Check(open_folder(folder), progress).run()
 
 
 class _Check:
-    def __init__(self, folder: Path, progress: Progress | None) -> None:
+    def __init__(self, folder: CacheFolder, progress: Progress | None) -> None:
         self.folder = folder
         self.progress = progress
         self.report = VerifyReport()
@@ -82,13 +82,13 @@ class _Check:
             return self.report
         manifest = reader.manifest
         self.total = manifest.total_bytes
-        self._count(layout.MANIFEST, (self.folder / layout.MANIFEST).stat().st_size)
+        self._count(layout.MANIFEST, reader.manifest_bytes)
         self._count(layout.INDEX, manifest.index.size)
         with _Noted(self, layout.PLAN):
             self._check_plan(reader)
         for record in manifest.tokenizer_files:
             with _Noted(self, record.name):
-                read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+                self.folder.read_recorded(record, max_bytes=layout.MAX_FILE_BYTES)
                 self._count(record.name, record.size)
         if not any(problem.file.startswith(layout.TOKENIZER) for problem in self.report.problems):
             with _Noted(self, layout.TOKENIZER):
@@ -105,7 +105,7 @@ class _Check:
         return self.report
 
     def _check_plan(self, reader: CacheReader) -> None:
-        data = read_plain(self.folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
+        data = self.folder.read(layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
         plan = from_bytes(Plan, data, name=layout.PLAN)
         self._count(layout.PLAN, len(data))
         manifest = reader.manifest
@@ -128,10 +128,11 @@ class _Check:
     def _check_sketch(self, reader: CacheReader, layer: int, record: SketchRecord) -> None:
         manifest = reader.manifest
         with _Noted(self, record.sketch.name):
-            read_sketch(self.folder, record, manifest.identity)
+            reader.sketch(layer)
             self._count(record.sketch.name, record.sketch.size)
         with _Noted(self, record.projection.name):
-            read_projection(self.folder, record)
+            data = self.folder.read_recorded(record.projection, max_bytes=layout.MAX_FILE_BYTES)
+            decode_projection(data, record)
             self._count(record.projection.name, record.projection.size)
         with _Noted(self, layout.sketch_commit_name(layer)):
             commit = self._commit(layer)
@@ -142,7 +143,7 @@ class _Check:
 
     def _commit(self, layer: int) -> SketchCommit:
         name = layout.sketch_commit_name(layer)
-        data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
+        data = self.folder.read(name, max_bytes=layout.MAX_SIDECAR_BYTES)
         commit = from_bytes(SketchCommit, data, name=name)
         self._count(name, len(data))
         return commit
@@ -188,11 +189,11 @@ class _Check:
         if examples:
             reader.add_tail_rows(number, examples)
         elif record is not None:
-            read_recorded(self.folder, record, max_bytes=layout.MAX_SHARD_BYTES)
+            self.folder.read_recorded(record, max_bytes=layout.MAX_SHARD_BYTES)
 
     def _check_sidecar(self, reader: CacheReader, number: int, examples: list[CachedExample]) -> Sidecar:
         name = layout.sidecar_name(number)
-        data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
+        data = self.folder.read(name, max_bytes=layout.MAX_SIDECAR_BYTES)
         sidecar = from_bytes(Sidecar, data, name=name)
         self._count(name, len(data))
         manifest = reader.manifest
@@ -209,17 +210,17 @@ class _Check:
         return sidecar
 
     def _tails(self, reader: CacheReader, record: FileRecord, num_targets: int) -> dict[int, NDArray[np.int64]]:
-        data = read_recorded(self.folder, record, max_bytes=layout.MAX_FILE_BYTES)
+        data = self.folder.read_recorded(record, max_bytes=layout.MAX_FILE_BYTES)
         tails = decode_tails(data, reader.manifest.identity, num_targets=num_targets, name=record.name)
         self._count(record.name, record.size)
         return tails
 
     def _without_a_manifest(self) -> None:
         """Check what else can be: the plan, and the files of the sketches and shards that were committed."""
-        if not (self.folder / layout.PLAN).is_file():
+        if not self.folder.exists(layout.PLAN):
             return
         with _Noted(self, layout.PLAN):
-            data = read_plain(self.folder, layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
+            data = self.folder.read(layout.PLAN, max_bytes=layout.MAX_JSON_BYTES)
             plan, digest = from_bytes(Plan, data, name=layout.PLAN), hashlib.sha256(data).hexdigest()
             self._count(layout.PLAN, len(data))
             sketches = self._committed_sketches(plan, digest)
@@ -227,10 +228,10 @@ class _Check:
             records += [file for record in sketches.values() for file in (record.sketch, record.projection)]
             for number in range(len(plan.shards)):
                 name = layout.sidecar_name(number)
-                if not (self.folder / name).is_file():
+                if not self.folder.exists(name):
                     continue
                 with _Noted(self, name):
-                    data = read_plain(self.folder, name, max_bytes=layout.MAX_SIDECAR_BYTES)
+                    data = self.folder.read(name, max_bytes=layout.MAX_SIDECAR_BYTES)
                     sidecar = from_bytes(Sidecar, data, name=name)
                     self._count(name, len(data))
                     records += sidecar.shard.files
@@ -238,7 +239,7 @@ class _Check:
                         raise CacheError("its codes belong to other sketches than those that are there")
             for record in records:
                 with _Noted(self, record.name):
-                    read_recorded(self.folder, record, max_bytes=layout.limit_of(record.name))
+                    self.folder.read_recorded(record, max_bytes=layout.limit_of(record.name))
                     self._count(record.name, record.size)
 
     def _committed_sketches(self, plan: Plan, plan_sha256: str) -> dict[int, SketchRecord]:
@@ -246,7 +247,7 @@ class _Check:
         found: dict[int, SketchRecord] = {}
         for layer in plan.identity.sketch_layers:
             name = layout.sketch_commit_name(layer)
-            if not (self.folder / name).is_file():
+            if not self.folder.exists(name):
                 continue
             with _Noted(self, name):
                 commit = self._commit(layer)

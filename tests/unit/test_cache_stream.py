@@ -8,6 +8,7 @@ import shutil
 import threading
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,23 @@ def reader(folder: Path) -> CacheReader:
     return CacheReader(folder)
 
 
+class Bare:
+    """What a stream asks of a reader, without files."""
+
+    digest = "00" * 32
+    shard_of = np.arange(SIZE) // 2
+    num_tokens = np.random.default_rng(0).integers(2, 12, SIZE)
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def read_shard(self, number: int) -> Any:
+        return [SimpleNamespace(index=index) for index in np.flatnonzero(self.shard_of == number).tolist()]
+
+
+BARE: Any = Bare()
+
+
 def ids(stream: CacheStream, num_batches: int | None = None) -> list[list[int]]:
     return [[example.index for example in batch] for batch in islice(stream, num_batches)]
 
@@ -41,46 +59,42 @@ def flat(parts: list[list[int]]) -> list[int]:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 99), st.sampled_from([(4, 1), (2, 2), (1, 4)]), st.integers(1, 12))
-def test_ranks_only_partition_a_step(reader: CacheReader, seed: int, shape: tuple[int, int], steps: int) -> None:
+def test_ranks_only_partition_a_step(seed: int, shape: tuple[int, int], steps: int) -> None:
     batch_size, world_size = shape
     ranks = [
-        CacheStream(reader, seed=seed, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)
+        CacheStream(BARE, seed=seed, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)
     ]
     found = [flat(list(parts)) for parts in zip(*(ids(rank, steps) for rank in ranks), strict=True)]
-    assert found == [Order(reader.shard_of, seed=seed).indices(4 * step, 4 * step + 4) for step in range(steps)]
+    assert found == [Order(BARE.shard_of, seed=seed).indices(4 * step, 4 * step + 4) for step in range(steps)]
     for rank in ranks:
         rank.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("token_budget", [None, 40])
-def test_every_rank_gets_as_many_batches_and_no_example_is_left_out(
-    reader: CacheReader, world_size: int, token_budget: int | None
-) -> None:
+def test_every_rank_gets_as_many_batches_and_no_example_is_left_out(world_size: int, token_budget: int | None) -> None:
     streams = [
-        CacheStream(reader, batch_size=3, token_budget=token_budget, epochs=2, rank=rank, world_size=world_size)
+        CacheStream(BARE, batch_size=3, token_budget=token_budget, epochs=2, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     found = [ids(stream) for stream in streams]
     assert len({len(batches) for batches in found}) == 1
     run = flat([batch for group in zip(*found, strict=True) for batch in group])
-    assert run == Order(reader.shard_of, seed=0).indices(0, len(run))
+    assert run == Order(BARE.shard_of, seed=0).indices(0, len(run))
     assert len(run) >= 2 * SIZE
     assert streams[0].epoch == 2
 
 
 @pytest.mark.parametrize("token_budget", [1, 17, 40, 10_000])
-def test_batches_by_tokens_stay_within_the_budget_and_end_with_their_epoch(
-    reader: CacheReader, token_budget: int
-) -> None:
-    with CacheStream(reader, seed=3, token_budget=token_budget, epochs=2) as stream:
+def test_batches_by_tokens_stay_within_the_budget_and_end_with_their_epoch(token_budget: int) -> None:
+    with CacheStream(BARE, seed=3, token_budget=token_budget, epochs=2) as stream:
         batches = ids(stream)
     assert sorted(flat(batches)) == sorted([*range(SIZE)] * 2)
-    order = Order(reader.shard_of, seed=3)
+    order = Order(BARE.shard_of, seed=3)
     assert flat(batches) == order.indices(0, 2 * SIZE)
     at = 0
     for batch, following in zip(batches, [*batches[1:], []], strict=True):
-        sizes = [int(reader.num_tokens[index]) for index in (*batch, *following[:1])]
+        sizes = [int(BARE.num_tokens[index]) for index in (*batch, *following[:1])]
         assert len(batch) == 1 or len(batch) * max(sizes[: len(batch)]) <= token_budget
         at += len(batch)
         is_full = (len(batch) + 1) * max(sizes) > token_budget
@@ -95,14 +109,14 @@ def test_batches_by_tokens_stay_within_the_budget_and_end_with_their_epoch(
     st.sampled_from([(4, 1), (2, 2), (1, 4)]),
 )
 def test_a_restored_stream_goes_on_exactly_also_with_other_ranks(
-    reader: CacheReader, done: int, token_budget: int | None, before: tuple[int, int], after: tuple[int, int]
+    done: int, token_budget: int | None, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     """With a token budget the batches of a step are counted, so the step is four of them."""
 
     def steps(shape: tuple[int, int], state: dict | None, count: int) -> tuple[list[list[int]], dict]:
         batch_size, world_size = (shape[0], shape[1]) if token_budget is None else (1, shape[1])
         streams = [
-            CacheStream(reader, seed=1, batch_size=batch_size, token_budget=token_budget, rank=r, world_size=world_size)
+            CacheStream(BARE, seed=1, batch_size=batch_size, token_budget=token_budget, rank=r, world_size=world_size)
             for r in range(world_size)
         ]
         for stream in streams:
@@ -197,6 +211,14 @@ def test_shards_of_the_next_window_are_decoded_before_they_are_asked_for(reader:
         for future in [*ahead._decoded.values()]:
             future.result()
         assert counted.read == expected
+
+
+def test_nothing_is_read_ahead_beyond_the_end(reader: CacheReader) -> None:
+    counted = Counted(reader)
+    with ReadAhead(counted, Order(reader.shard_of, seed=0), stop=SIZE, shards_ahead=8) as ahead:
+        for place in range(SIZE):
+            _ = ahead[place]
+    assert sorted(counted.read) == sorted(set(counted.read))
 
 
 def test_places_may_be_asked_for_in_any_order(reader: CacheReader) -> None:

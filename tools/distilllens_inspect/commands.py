@@ -1,19 +1,45 @@
 """The commands `inspect summary`, `show`, `verify` and `report`: thin, with imports inside each."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from distilllens_cache import CacheFolder
 
 CHECK_FAILED = 3
 """Exit code of a cache that is not sound."""
 
-_Folder = click.Path(exists=True, file_okay=False, path_type=Path)
+
+class _CacheFolder(click.Path):
+    """A folder of this machine, or a URL, which is opened with the spool that the group's options say."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" not in str(value):
+            return super().convert(value, param, ctx)
+        from distilllens_cache import open_folder
+        from distilllens_cache.spool import choose_spool
+
+        options = ctx.parent.params if ctx is not None and ctx.parent is not None else {}
+        spool = choose_spool(options.get("spool_dir"), options.get("spool_bytes"))
+        return open_folder(str(value), spool=spool)
+
+
+_Folder = _CacheFolder(exists=True, file_okay=False, path_type=Path)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
-def inspect() -> None:
-    """Look inside a teacher cache: needs neither the teacher nor a GPU.
+@click.option(
+    "--spool-dir",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Folder for local copies of a remote cache's files; one in the user's cache directory when not given.",
+)
+@click.option("--spool-bytes", type=click.IntRange(min=1), metavar="N", help="Most bytes of such copies.")
+def inspect(spool_dir: Path | None, spool_bytes: int | None) -> None:
+    """Look inside a teacher cache: needs neither the teacher nor a GPU. It may be a URL such as s3://bucket/cache.
 
     \b
     Examples:
@@ -21,13 +47,14 @@ def inspect() -> None:
       distilllens inspect show cache/ --example 0
       distilllens inspect verify cache/
       distilllens inspect report cache/ --output report.html
+      distilllens inspect --spool-dir /scratch/spool summary s3://bucket/cache
     """
 
 
 @inspect.command(short_help="Identity, sizes, and what each layer holds.")
 @click.argument("cache", type=_Folder)
 @_as_json
-def summary(cache: Path, as_json: bool) -> None:
+def summary(cache: "Path | CacheFolder", as_json: bool) -> None:
     """Show what CACHE holds: identity, examples, targets, bytes, and each layer's mass and entropy.
 
     \b
@@ -57,7 +84,9 @@ def summary(cache: Path, as_json: bool) -> None:
 @click.option("--layers", metavar="LIST", help="Teacher layers such as 4,8. Default: all of the cache.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens per layer.")
 @_as_json
-def show(cache: Path, example: int, positions: str | None, layers: str | None, top: int, as_json: bool) -> None:
+def show(
+    cache: "Path | CacheFolder", example: int, positions: str | None, layers: str | None, top: int, as_json: bool
+) -> None:
     """Show one example of CACHE: its tokens, what is learned of them, and what the teacher says there.
 
     Spaces in tokens are shown as ·, line breaks as \\n.
@@ -87,7 +116,7 @@ def show(cache: Path, example: int, positions: str | None, layers: str | None, t
 @click.argument("cache", type=_Folder)
 @_as_json
 @click.pass_context
-def verify(context: click.Context, cache: Path, as_json: bool) -> None:
+def verify(context: click.Context, cache: "Path | CacheFolder", as_json: bool) -> None:
     """Check all of CACHE: digests, schema, meaning, sums, and whether targets and text belong together.
 
     Ends with exit code 3 and names each bad file when something is wrong.
@@ -127,7 +156,9 @@ def verify(context: click.Context, cache: Path, as_json: bool) -> None:
     show_default=True,
     help="Most targets shown of one example.",
 )
-def report(cache: Path, output: Path, examples: str | None, num_examples: int, max_positions: int) -> None:
+def report(
+    cache: "Path | CacheFolder", output: Path, examples: str | None, num_examples: int, max_positions: int
+) -> None:
     """Write one HTML page about CACHE: its numbers, and heat maps of layers by tokens. It needs no network.
 
     \b
@@ -149,7 +180,7 @@ def report(cache: Path, output: Path, examples: str | None, num_examples: int, m
 @inspect.command()
 @click.argument("cache", type=_Folder)
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Parquet file to write.")
-def export(cache: Path, output: Path) -> None:
+def export(cache: "Path | CacheFolder", output: Path) -> None:
     """Write CACHE, decoded, as one Parquet file: a row per example, lists of ids and log-probabilities per layer.
 
     \b

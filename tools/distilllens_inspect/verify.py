@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from distilllens_cache import Problem, VerifyReport, verify_cache
+from distilllens_cache import CacheFolder, Problem, VerifyReport, verify_cache
 from distilllens_inspect.console import bytes_text
 from distilllens_inspect.text import one_line
 
 
-def check(folder: Path) -> VerifyReport:
+def check(folder: Path | CacheFolder) -> VerifyReport:
     """Check every file of a cache, with progress on stderr where that is a terminal."""
     if not sys.stderr.isatty():
         return verify_cache(folder)
@@ -34,7 +34,7 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
     }
 
 
-def print_verify(report: VerifyReport, folder: Path, console: Console) -> None:
+def print_verify(report: VerifyReport, folder: Path | CacheFolder, console: Console) -> None:
     """A line per problem with the file it is in, then the verdict."""
     for problem in report.problems:
         console.print(_line(problem), style="red")
