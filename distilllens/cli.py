@@ -86,6 +86,7 @@ def train(config: TrainConfig) -> None:
       distilllens train --student student/ --cache cache/ --output-dir run/
       distilllens train --student student/ --cache cache/ --eval-cache valid/ --pairs 2:8,4:16 \\
           --task fkl --learning-rate 2e-4 --output-dir run/ --resume-from-checkpoint
+      distilllens train --student student/ --cache chat/ --cache code/ --cache-weights 0.7,0.3 --output-dir run/
       torchrun --nproc-per-node 2 -m distilllens train --config run.yaml
       distilllens train --method sft --student student/ --dataset rows.jsonl --output-dir sft/
       distilllens train --student big/ --cache cache/ --lora-r 8 --lora-merge --output-dir adapter/

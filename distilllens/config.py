@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from distilllens.layer_maps import SHARES_TOLERANCE
 from distilllens.locations import LocalOutput, Location, Locations, SpoolConfig
 from distilllens.objective_config import ObjectiveConfig, Tail
 from distilllens.run_config import (
@@ -286,7 +287,7 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, SpoolConfig):
                 f"--cache-weights {text} has {len(weights)} numbers for {count} caches: give one for each --cache, in "
                 f"the same order"
             )
-        if not all(0 < weight <= 1 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        if not all(0 < weight <= 1 for weight in weights) or abs(sum(weights) - 1) > SHARES_TOLERANCE:
             raise ValueError(f"--cache-weights {text} sum to {sum(weights):g}: give numbers above 0 that sum to 1")
         return self
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from distilllens.lens_rows import LensRows
 from distilllens.mixed_targets import Mixture, mix
 from distilllens.mixture import MixedExample
 from distilllens.objective import Objective
+from distilllens.positions import num_taken
 from distilllens.tails import Tail
 from distilllens_cache import CachedExample
 
@@ -83,7 +85,10 @@ class MixedBatch(Batch):
             if all(student in pairs for pairs in matched):
                 places[str(student)] = [pairs[student] for pairs in matched]
         mixtures = {name: self._mixture(layers, vocab_size) for name, layers in places.items()}
-        sums = {f"teacher_jsd/{name}": mixture.jsd.sum() for name, mixture in mixtures.items()}
+        # Teachers are compared at all positions, and averages are over those that are trained on.
+        lengths = np.array(self.num_targets)
+        scale = num_taken(lengths, objectives[0].positions.share).sum() / lengths.sum()
+        sums = {f"teacher_jsd/{name}": scale * mixture.jsd.sum() for name, mixture in mixtures.items()}
         if self.mix == "losses":
             return self.views, sums
         # Under the layers of the first teacher, whose pairs all others match.

@@ -44,7 +44,8 @@ def open_caches(config: TrainConfig) -> SeveralCaches:
         weights = given or tuple(Fraction(len(reader), sum(map(len, readers))) for reader in readers)
         source = DataMixture(readers, names=names, weights=weights)
     else:
-        weights = given or (1 / len(readers),) * len(readers)
+        weights = given or (1.0,) * len(readers)
+        weights = tuple(weight / sum(weights) for weight in weights)
         source = SameExamples(readers, [_places(readers[0], other) for other in readers[1:]])
     return SeveralCaches(readers, tuple(names), mix, tuple(map(float, weights)), source)
 

@@ -12,7 +12,7 @@ from distilllens.lens import LogitLens
 from distilllens.lens_rows import ALL_ROWS, LensRows, choose_lens_rows
 from distilllens.mixed_batch import Mix, MixedBatch, Teaching, Teachings, collate_mixed
 from distilllens.mixture import MixedExample
-from distilllens.objective import Objective
+from distilllens.objective import Objective, Positions
 from distilllens.student import Student
 from distilllens.tails import BucketTail, ProfileTail, Tail
 from distilllens.targets import take_top_k, unstack_targets
@@ -153,6 +153,22 @@ def test_with_whole_vocabularies_teachers_disagree_and_are_mixed_as_dense_ones(t
     # The mean of the KLs is the KL of the mean and the disagreement.
     task = forward_kl(mean, log_q).sum() + (apart if mix == "losses" else 0)
     torch.testing.assert_close(sums["task"], task, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mix", ["data", "losses", "probabilities"])
+def test_a_share_of_the_positions_has_sums_over_those_and_the_same_mean_disagreement(tiny_model, mix: Mix) -> None:
+    pairs = examples(8)
+    half = dataclasses.replace(OBJECTIVE, positions=Positions(0.5))
+    some = apart(pairs) if mix == "data" else shared(pairs)
+    sums, whole = (
+        build(tiny_model, one)(mixed(some, teachings(mix, one))) for one in (half, dataclasses.replace(OBJECTIVE))
+    )
+    counts = [len(example.target_positions) for example in some]
+    taken, count = sum((count + 1) // 2 for count in counts), sum(counts)
+    assert 0 < sums["ce"] < whole["ce"]
+    for name in whole:
+        if name.startswith("teacher_jsd/"):
+            torch.testing.assert_close(sums[name] / taken, whole[name] / count, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mixture_of_a_teacher_with_itself_trains_as_the_teacher_alone(tiny_model) -> None:
