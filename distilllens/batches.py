@@ -7,43 +7,40 @@ only partition a step.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
-from distilllens_cache import CachedExample, Order
-from distilllens_cache.read_ahead import Shard
-
-
-class ExampleSource(Protocol):
-    """Anything that a run can train on: a cache's reader, or a tokenized dataset."""
-
-    num_targets: np.ndarray
-    """Target positions of each example."""
-    shard_of: np.ndarray
-    """Shard of each example; examples of one shard are cheap to read together."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> CachedExample: ...
-
-    def read_shard(self, number: int, /) -> Shard: ...
+from distilllens.example_source import ExampleSource
+from distilllens.mixture import DataMixture, MixedOrder, MixedReadAhead
+from distilllens.positions import num_taken
+from distilllens_cache import Order, ReadAhead
 
 
 @dataclass(frozen=True)
 class Steps:
     """The optimizer steps of a run: step n (from 0) takes the places n * G to (n + 1) * G - 1 of its order."""
 
-    source: ExampleSource
+    source: ExampleSource | DataMixture
     seed: int
     examples_per_micro_batch: int
     micro_batches: int
     world_size: int = 1
+    positions_share: float = 1.0
+    """Share of each example's target positions that is trained on."""
 
     @cached_property
-    def order(self) -> Order:
+    def order(self) -> Order | MixedOrder:
         """The order of the run's examples."""
+        if isinstance(self.source, DataMixture):
+            return self.source.order(self.seed)
         return Order(self.source.shard_of, seed=self.seed)
+
+    def read_ahead(self, *, stop: int | None = None) -> ReadAhead | MixedReadAhead:
+        """The run's examples by place; the run ends at place ``stop``, if it does."""
+        if isinstance(self.order, MixedOrder):
+            return self.order.read_ahead(stop)
+        assert not isinstance(self.source, DataMixture)
+        return ReadAhead(self.source, self.order, stop=stop)
 
     @property
     def examples_per_step(self) -> int:
@@ -55,8 +52,8 @@ class Steps:
         return self.order.indices(step * self.examples_per_step, (step + 1) * self.examples_per_step)
 
     def num_targets(self, step: int) -> int:
-        """Target positions of a step, from the index alone: the denominator of its loss."""
-        return int(self.source.num_targets[self.indices(step)].sum())
+        """Target positions that a step trains on, from the index alone: the denominator of its loss."""
+        return int(num_taken(self.source.num_targets[self.indices(step)], self.positions_share).sum())
 
     def places(self, step: int, number: int, rank: int) -> range:
         """The places of the run that ``rank`` computes in micro-batch ``number`` of a step."""

@@ -1,5 +1,6 @@
 """Settings that may differ between the final layer and the lens layers: ``64``, or ``final=64,lens=32``."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,3 +67,19 @@ def parse_tail_choices(text: str) -> tuple[TailChoice | None, TailChoice | None]
 
     final, lens = split_by_layer("--tail", text)
     return choice(final), choice(lens)
+
+
+def parse_gate(text: str | None) -> tuple[float, float]:
+    """The entropies in nats that ``--entropy-gate`` gives the final layer and the lens layers; infinity for none."""
+    final, lens = (None, None) if text is None else split_by_layer("--entropy-gate", text)
+
+    def entropy(part: str | None) -> float:
+        try:
+            value = math.inf if part is None else float(part)
+        except ValueError:
+            value = math.nan
+        if not value >= 0:
+            raise ValueError(f"--entropy-gate {text!r}: expected nats, 0 or more, such as 2.5 or final=2.5,lens=6")
+        return value
+
+    return entropy(final), entropy(lens)

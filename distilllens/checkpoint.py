@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from distilllens.config import TrainConfig
 from distilllens.early_stopping import BestSoFar
@@ -47,8 +48,20 @@ class RunState:
     """What a resumed run must share with this one: cache, losses, data order, optimizer settings."""
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: Engine) -> None:
-    """An ordinary model folder, which ``AutoModelForCausalLM.from_pretrained`` loads. Every rank calls it."""
+class Saved(Protocol):
+    """What is saved of a student: its model, or its adapters."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All its weights."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> Any:
+        """Write them to a folder."""
+        ...
+
+
+def save_model(model: Saved, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: Engine) -> None:
+    """A folder that ``AutoModelForCausalLM.from_pretrained`` loads, or a PEFT folder. Every rank calls it."""
     with engine.whole_weights(model), quiet_libraries():
         if engine.is_main:
             model.save_pretrained(folder)
@@ -60,7 +73,7 @@ def save_checkpoint(
     state: RunState,
     *,
     engine: Engine,
-    model: PreTrainedModel,
+    model: Saved,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Path:
     """Write ``checkpoint-N`` under a temporary name and rename it when whole; then drop the oldest beyond the limit.

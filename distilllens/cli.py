@@ -15,9 +15,11 @@ from distilllens.config import (
     EvaluateConfig,
     NewStudentConfig,
     TrainConfig,
+    config_text,
 )
 from distilllens.free_space import NoSpaceError
 from distilllens.options import run_options
+from distilllens.recipes import recipes
 from distilllens_inspect.commands import CHECK_FAILED, inspect
 
 INTERRUPTED = 130
@@ -92,9 +94,15 @@ def train(config: TrainConfig) -> None:
       distilllens train --student student/ --cache cache/ --output-dir run/
       distilllens train --student student/ --cache cache/ --eval-cache valid/ --pairs 2:8,4:16 \\
           --task fkl --learning-rate 2e-4 --output-dir run/ --resume-from-checkpoint
+      distilllens train --student student/ --cache chat/ --cache code/ --cache-weights 0.7,0.3 --output-dir run/
       torchrun --nproc-per-node 2 -m distilllens train --config run.yaml
       distilllens train --method sft --student student/ --dataset rows.jsonl --output-dir sft/
+      distilllens train --student big/ --cache cache/ --lora-r 8 --lora-merge --output-dir adapter/
+      distilllens train --config run.yaml --dry-run
     """
+    if config.dry_run:
+        click.echo(config_text(config), nl=False)
+        return
     from distilllens.train import run_train
 
     run_train(config)
@@ -148,6 +156,7 @@ def env(as_json: bool) -> None:
 
 
 cli.add_command(inspect)
+cli.add_command(recipes)
 
 
 def _examples_last(command: click.Command) -> None:

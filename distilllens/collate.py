@@ -29,6 +29,8 @@ class Batch:
     targets: dict[int, SparseTargets]
     tails: dict[int, Tail]
     """What stands for the rest, by layer; the layers are those of ``targets``, the teacher's final one last."""
+    num_targets: tuple[int, ...]
+    """Target positions of each example."""
     lens_rows: LensRows = ALL_ROWS
     """Which of the N rows the lens losses read."""
 
@@ -36,6 +38,22 @@ class Batch:
     def final_layer(self) -> int:
         """The teacher's final layer."""
         return max(self.targets)
+
+    def at(self, rows: Int[Tensor, " n"]) -> "Batch":
+        """This batch with ``rows`` of its N target positions alone, ascending; its hidden states stay as they are."""
+        positions = self.is_target.flatten().nonzero()[rows, 0]
+        is_target = torch.zeros_like(self.is_target).flatten()
+        is_target[positions] = True
+        ends = torch.tensor(self.num_targets, device=rows.device).cumsum(0)
+        taken = torch.bucketize(rows, ends, right=True).bincount(minlength=len(ends))
+        return replace(
+            self,
+            is_target=is_target.view_as(self.is_target),
+            next_ids=self.next_ids[rows],
+            targets={layer: targets[rows] for layer, targets in self.targets.items()},
+            num_targets=tuple(taken.tolist()),
+            lens_rows=self.lens_rows.among(rows, len(self.next_ids)),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """This batch on another device."""
@@ -73,5 +91,6 @@ def collate(examples: Sequence[CachedExample], tails: dict[int, Tail], *, lens_r
         next_ids=torch.from_numpy(next_ids.astype(np.int64)),
         targets={layer: stack_targets([example.targets[layer] for example in examples]) for layer in tails},
         tails=tails,
+        num_targets=tuple(len(example.target_positions) for example in examples),
         lens_rows=lens_rows,
     )

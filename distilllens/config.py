@@ -4,18 +4,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from distilllens.by_layer import parse_tail_choices
 from distilllens.device_map import parse_device_map
-from distilllens.divergence_spec import parse_divergence
-from distilllens.locations import LocalOutput, Location, SpoolConfig
+from distilllens.layer_maps import SHARES_TOLERANCE
+from distilllens.locations import LocalOutput, Location, Locations, SpoolConfig
+from distilllens.objective_config import ObjectiveConfig, Tail
 from distilllens.run_config import (
     Fraction,
     Integers,
+    Numbers,
     PositiveInt,
     RunConfig,
     Spec,
+    config_text,
     load_config,
     save_config,
     split_text,
@@ -27,19 +29,15 @@ __all__ = [
     "DatasetConfig",
     "DemoConfig",
     "EvaluateConfig",
+    "LoraConfig",
     "ModelConfig",
     "NewStudentConfig",
     "RunConfig",
     "TrainConfig",
+    "config_text",
     "load_config",
     "save_config",
 ]
-
-
-def _tail(text: str | None) -> str | None:
-    if text is not None:
-        parse_tail_choices(text)
-    return text
 
 
 def _device_map(value: Any) -> Any:
@@ -51,16 +49,6 @@ def _device_map(value: Any) -> Any:
 
 
 DeviceMap = Annotated[str | None, BeforeValidator(_device_map)]
-Tail = Annotated[Spec | None, AfterValidator(_tail)]
-
-
-def _divergence(text: str) -> str:
-    return str(parse_divergence(text))
-
-
-def _task(text: str) -> str:
-    return text if text == "ce" else _divergence(text)
-
 
 APPEND_DATASET = "dataset"
 """What ``--append`` means where it names no file: the dataset itself has grown."""
@@ -213,37 +201,48 @@ class NewStudentConfig(RunConfig):
     """Replace the model that is in the output folder."""
 
 
-class TrainConfig(DatasetConfig, WatchConfig, SpoolConfig):
+class LoraConfig(RunConfig):
+    """A student that keeps its weights and learns low-rank additions to them (LoRA), under peft's names."""
+
+    lora_r: PositiveInt | None = None
+    """Rank of LoRA adapters, which are then all that is trained; every weight is when not given."""
+    lora_alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """Adapters are scaled by this number over their rank."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before the adapters."""
+    lora_target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(split_text)] = None
+    """Modules that get adapters, such as q_proj,v_proj, or all-linear; peft's choice for the architecture when not
+    given."""
+    lora_merge: bool = False
+    """Also write the student with its adapters merged, an ordinary model folder, to "merged" in the output folder."""
+
+    @model_validator(mode="after")
+    def _adapters_have_a_rank(self) -> "LoraConfig":
+        for name in () if self.lora_r is not None else ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} is for new adapters: give --lora-r, or drop it")
+        return self
+
+
+class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, SpoolConfig):
     """One student trained from a cache."""
 
     student: str
-    """Student: model folder or hub id."""
+    """Student: model folder, hub id, or the folder of a LoRA adapter to train on."""
     student_revision: str | None = None
     """Revision of a student on the hub."""
-    cache: Location | None = None
-    """Teacher cache to train from: a folder, or a URL such as s3://bucket/cache."""
-    method: Literal["distilllens", "sft"] = "distilllens"
-    """distilllens (needs --cache) or sft (cross-entropy on --dataset, needs no cache)."""
+    cache: Locations = ()
+    """Teacher cache to train from: a folder, or a URL such as s3://bucket/cache; several when repeated (in a file: a
+    list)."""
+    cache_weights: Numbers | None = None
+    """Weights of several caches, such as 0.7,0.3, which sum to 1: of the examples drawn (by default in proportion to
+    what the caches hold), or of the teachers' losses or probabilities (by default equal)."""
+    mix: Literal["auto", "data", "losses", "probabilities"] = "auto"
+    """What several caches are. data: different examples, drawn by weight. losses, probabilities: teachers of the same
+    examples, each with a loss of its own or mixed into one target. auto: losses where all hold the same examples, data
+    where no two share one."""
     dataset: str | None = None
     """Rows to fine-tune on, for --method sft."""
-    pairs: Spec | None = None
-    """Layers to match, student:teacher, such as 2:8,4:16; none for the task alone. Derived from the cache's
-    layers when not given."""
-    task: Annotated[str, AfterValidator(_task)] = "fkl"
-    """Divergence on the final layer: fkl, rkl, jsd[:beta], jeffreys, akl[:mu], skew_fkl[:alpha], skew_rkl[:alpha],
-    tvd or ab[:alpha,beta]; ce is cross-entropy with the next token."""
-    lens_divergence: Annotated[str, AfterValidator(_divergence)] = "jsd"
-    """Divergence between the lens distributions of a pair: the same names."""
-    tail: Tail = None
-    """What stands for the rest: bucket, profile, sketch[:RANK], sampled or renorm; or final=...,lens=.... By default
-    the best that the cache stores."""
-    lens_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight (lambda) of the mean lens divergence."""
-    lens_rows: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the target positions that each lens layer reads, drawn anew in every step. Less is cheaper and leaves
-    the loss unbiased."""
-    kd_ratio: Fraction = 1.0
-    """Share (rho) of distillation in the loss; the rest is cross-entropy."""
     loss_chunk_rows: PositiveInt = 128
     """Target positions whose full-vocabulary logits are alive at a time."""
     allow_mismatch: str | None = None
@@ -253,7 +252,7 @@ class TrainConfig(DatasetConfig, WatchConfig, SpoolConfig):
     overwrite: bool = False
     """Remove the run that is in the output folder and begin anew."""
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
-    """Passes over the cache."""
+    """Passes over the cache; over several of different data, as many examples as they hold together."""
     max_steps: int = -1
     """Number of optimizer steps; overrides --num-train-epochs when positive."""
     per_device_train_batch_size: PositiveInt = 8
@@ -292,6 +291,8 @@ class TrainConfig(DatasetConfig, WatchConfig, SpoolConfig):
     """Order of the examples and every other random choice."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
+    dry_run: bool = False
+    """Check the config, print it resolved, and stop; nothing is opened."""
     deepspeed: Path | None = None
     """DeepSpeed configuration (JSON). With several ranks and no file, the shipped ZeRO-2 one is used."""
     local_rank: int | None = None
@@ -299,12 +300,31 @@ class TrainConfig(DatasetConfig, WatchConfig, SpoolConfig):
 
     @model_validator(mode="after")
     def _method_has_its_data(self) -> "TrainConfig":
-        if self.method == "distilllens" and self.cache is None:
-            raise ValueError("--method distilllens trains from a teacher cache: give --cache (or --method sft)")
-        if self.method == "sft" and (self.dataset is None) == (self.cache is None):
+        if self.method != "sft" and not self.cache:
+            raise ValueError(f"--method {self.method} trains from a teacher cache: give --cache (or --method sft)")
+        if self.method == "sft" and (self.dataset is None) == (not self.cache):
             raise ValueError("--method sft needs rows to fine-tune on: give one of --dataset and --cache")
-        if self.method == "distilllens" and self.dataset is not None:
+        if self.method != "sft" and self.dataset is not None:
             raise ValueError("--dataset is for --method sft; a cache already holds its tokens: drop --dataset")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_the_caches(self) -> "TrainConfig":
+        count, weights = len(self.cache), self.cache_weights
+        if count < 2 and (weights is not None or self.mix != "auto"):
+            raise ValueError("--cache-weights and --mix are for several caches: repeat --cache, or drop them")
+        if repeated := [cache for cache in self.cache if self.cache.count(cache) > 1]:
+            raise ValueError(f"--cache names {repeated[0]} more than once: give each cache once")
+        if weights is None:
+            return self
+        text = ",".join(f"{weight:g}" for weight in weights)
+        if len(weights) != count:
+            raise ValueError(
+                f"--cache-weights {text} has {len(weights)} numbers for {count} caches: give one for each --cache, in "
+                f"the same order"
+            )
+        if not all(0 < weight <= 1 for weight in weights) or abs(sum(weights) - 1) > SHARES_TOLERANCE:
+            raise ValueError(f"--cache-weights {text} sum to {sum(weights):g}: give numbers above 0 that sum to 1")
         return self
 
 
@@ -312,7 +332,7 @@ class EvaluateConfig(DatasetConfig, ModelConfig, SpoolConfig):
     """Students measured: what they write, and how close they are to the teacher."""
 
     model: Annotated[tuple[str, ...], BeforeValidator(split_text)]
-    """Model folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
+    """Model folder, adapter folder, .gguf file or hub id; several (comma separated or repeated) give a table."""
     revision: str | None = None
     """Revision of a model on the hub."""
     dataset: str | None = None

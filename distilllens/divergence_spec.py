@@ -17,6 +17,7 @@ class Parameter:
 KNOWN: dict[str, tuple[Parameter, ...]] = {
     "fkl": (),
     "rkl": (),
+    "fkl+rkl": (),
     "jsd": (Parameter("beta", 0.5, 0, 1),),
     "jeffreys": (),
     "akl": (Parameter("mu", 0.5, 0, 1),),

@@ -2,9 +2,10 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,14 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
+
+
+class HasParameters(Protocol):
+    """A model, or something beside it that knows its weights."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
+        ...
 
 
 class Engine(ABC):
@@ -75,7 +84,7 @@ class Engine(ABC):
         """Wait for every rank."""
         return
 
-    def whole_weights(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def whole_weights(self, model: HasParameters) -> AbstractContextManager[Any]:
         """While entered, by every rank, ``model`` has its whole weights, for saving."""
         return nullcontext()
 
@@ -188,7 +197,7 @@ class DeepSpeedEngine(Engine):
     def barrier(self) -> None:
         torch.distributed.barrier()
 
-    def whole_weights(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def whole_weights(self, model: HasParameters) -> AbstractContextManager[Any]:
         import deepspeed
 
         sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]

@@ -58,6 +58,8 @@ class Group:
 
     num_rows: int
     losses: tuple[Loss, ...]
+    trains_head: bool = True
+    """Whether they have a gradient at the head's own weights."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,19 +120,24 @@ class _ReverseKL(FusedDivergence):
         return OfTail(-mean - level[:, 0] * q.sum(-1), mean, level)
 
 
-class _Jeffreys(FusedDivergence):
-    factor = 0.5
+class _BothKL(FusedDivergence):
+    """factor times KL(p || q) + KL(q || p)."""
+
     averages_over_p = True
     sees_floor = True
 
     def cells(self, t: Tensor, p: Tensor, q: Tensor) -> OfCells:
-        return OfCells(((p - q) * t).sum(-1) / 2, t)
+        return OfCells(((p - q) * t).sum(-1) * self.factor, t)
 
     def tail(self, t: Tensor, level: Tensor, p: Spread, q: Tensor, *, out: Tensor) -> OfTail:
         out.copy_(t)
         mean = sum_of_products(q, t)
         of_level = level[:, 0] * (p.mass - q.sum(-1))
-        return OfTail((p.mean_of(t) - mean + of_level) / 2, mean, level)
+        return OfTail((p.mean_of(t) - mean + of_level) * self.factor, mean, level)
+
+
+class _Jeffreys(_BothKL):
+    factor = 0.5
 
 
 class _JensenShannon(FusedDivergence):
@@ -196,6 +201,7 @@ class _SkewForwardKL(FusedDivergence):
 FUSED: dict[str, type[FusedDivergence]] = {
     "fkl": _ForwardKL,
     "rkl": _ReverseKL,
+    "fkl+rkl": _BothKL,
     "jsd": _JensenShannon,
     "jeffreys": _Jeffreys,
     "skew_fkl": _SkewForwardKL,

@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distilllens.fused_divergences import FusedDivergence, OfTail, Spread
+from distilllens.mixed_targets import MixedTail
 from distilllens.tails import BucketTail, ProfileTail, SketchTail, Tail
 from distilllens.targets import SparseTargets
 from distilllens_cache import LOG_FLOOR
 
-FUSED_TAILS = (BucketTail, ProfileTail, SketchTail)
+FUSED_TAILS = (BucketTail, ProfileTail, SketchTail, MixedTail)
 """Tails with a fused form."""
 SMALLEST_MASS = 1e-30
 """Of a profile outside the kept tokens: where nothing is outside, anything finite does."""
@@ -68,6 +69,8 @@ def tile_loss(divergence: FusedDivergence, tail: Tail, dtype: torch.dtype) -> Ti
         return _ShapedLoss(divergence, _ProfileShape(tail, dtype))
     if isinstance(tail, SketchTail):
         return _ShapedLoss(divergence, _SketchShape(tail, dtype))
+    if isinstance(tail, MixedTail):
+        return _ShapedLoss(divergence, _MixedShape(tail))
     assert isinstance(tail, BucketTail)
     return _BucketLoss(divergence)
 
@@ -131,12 +134,28 @@ class _SketchShape(_Shape):
         torch.addmm(self._offset, codes, self._basis.t(), out=log_shape)
         if self._softcap:
             log_shape.div_(self._softcap).tanh_().mul_(self._softcap)
-        log_shape.scatter_(-1, kept.ids, -math.inf)
-        log_shape.sub_(log_shape.amax(-1, keepdim=True).clamp_min(torch.finfo(log_shape.dtype).min))
-        torch.exp(log_shape, out=shape)
-        outside = shape.sum(-1, keepdim=True).double().clamp_min(SMALLEST_MASS)
-        log_shape.scatter_(-1, kept.ids, 0.0)
-        return log_shape, targets.log_rest.double()[:, None] - outside.log(), shape
+        return _spread_of_rows(log_shape, targets, kept, shape)
+
+
+class _MixedShape(_Shape):
+    def __init__(self, tail: MixedTail) -> None:
+        self._tail = tail
+
+    def spread(self, targets: SparseTargets, kept: _Cells, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+        log_shape = scratch("t").copy_(self._tail.shape(targets))
+        return _spread_of_rows(log_shape, targets, kept, scratch("shape"))
+
+
+def _spread_of_rows(
+    log_shape: Tensor, targets: SparseTargets, kept: _Cells, shape: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A spread where each row has a shape of its own; ``log_shape`` is changed and ``shape`` written."""
+    log_shape.scatter_(-1, kept.ids, -math.inf)
+    log_shape.sub_(log_shape.amax(-1, keepdim=True).clamp_min(torch.finfo(log_shape.dtype).min))
+    torch.exp(log_shape, out=shape)
+    outside = shape.sum(-1, keepdim=True).double().clamp_min(SMALLEST_MASS)
+    log_shape.scatter_(-1, kept.ids, 0.0)
+    return log_shape, targets.log_rest.double()[:, None] - outside.log(), shape
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,11 @@
 import math
 from dataclasses import dataclass
 
+Pairs = tuple[tuple[int, int], ...]
+"""Layers that are matched: (student, teacher), counted from 1."""
+SHARES_TOLERANCE = 0.01
+"""How far from 1 shares may sum: thirds are written with few digits."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -81,19 +86,53 @@ def derive_pairs(
     return tuple((student, layer) for student, (_, layer) in sorted(nearest.items()))
 
 
-def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """Pairs (student, teacher) from ``"2:8,4:16"``; ``"none"`` is no pair."""
+def parse_pairs(text: str) -> Pairs:
+    """Pairs (student, teacher) from ``"2:8,4:16"`` or ``"2:8=0.3,4:16=0.7"``; ``"none"`` is no pair."""
+    return tuple(pair for pair, _ in _weighted_pairs(text))
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """The share of each of ``parse_pairs`` in the lens loss: equal ones where ``text`` gives none."""
+    weighted = _weighted_pairs(text)
+    given = [share for _, share in weighted if share is not None]
+    return tuple(share / sum(given) for share in given) if given else equal_shares(len(weighted))
+
+
+def equal_shares(num_pairs: int) -> tuple[float, ...]:
+    """Shares of a plain mean."""
+    return (1 / max(1, num_pairs),) * num_pairs
+
+
+def _weighted_pairs(text: str) -> list[tuple[tuple[int, int], float | None]]:
     if text.strip() == "none":
-        return ()
+        return []
     try:
-        pairs = tuple(
-            (int(student), int(teacher)) for student, teacher in (part.split(":") for part in text.split(","))
-        )
+        weighted = [_weighted_pair(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--pairs {text!r}: expected student:teacher layers such as 2:8,4:16, or none") from None
-    if len({student for student, _ in pairs}) < len(pairs):
+        raise ValueError(
+            f"--pairs {text!r}: expected student:teacher layers such as 2:8,4:16, with shares such as "
+            f"2:8=0.3,4:16=0.7, or none"
+        ) from None
+    if len({student for (student, _), _ in weighted}) < len(weighted):
         raise ValueError(f"--pairs {text}: a student layer occurs twice")
-    return pairs
+    shares = [share for _, share in weighted if share is not None]
+    if shares and len(shares) < len(weighted):
+        raise ValueError(f"--pairs {text}: {len(shares)} of {len(weighted)} pairs have a share; give all of them one")
+    if not all(share > 0 for share in shares):
+        raise ValueError(f"--pairs {text}: a share is not above 0; leave out a pair that should not count")
+    if shares and not abs(sum(shares) - 1) <= SHARES_TOLERANCE:
+        scaled = ",".join(f"{s}:{t}={share / sum(shares):.3g}" for (s, t), share in weighted if share is not None)
+        raise ValueError(
+            f"--pairs {text}: the shares sum to {sum(shares):g}, not 1 (--lens-weight scales all of them): give "
+            f"{scaled}"
+        )
+    return weighted
+
+
+def _weighted_pair(part: str) -> tuple[tuple[int, int], float | None]:
+    layers, _, share = part.partition("=")
+    student, teacher = layers.split(":")
+    return (int(student), int(teacher)), float(share) if "=" in part else None
 
 
 def check_pairs(

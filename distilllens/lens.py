@@ -82,19 +82,20 @@ class LogitLens(nn.Module):
         return logits.reshape(*normed.shape[:-1], self.vocab_size)
 
     def sum_over_chunks(
-        self, normed: Float[Tensor, "N D"], losses: ChunkLosses, *, chunk_rows: int
+        self, normed: Float[Tensor, "N D"], losses: ChunkLosses, *, chunk_rows: int, trains_head: bool = True
     ) -> Float[Tensor, " M"]:
         """``chunked.sum_over_chunks`` of the head, in one call of its modules where they are plain.
 
         Ranks that share a sharded head then gather it equally often, however many rows each has.
         """
         if not self.is_plain:
+            assert trains_head, "only a plain head can be frozen"
             return sum_over_chunks(self._logits_of_module, normed, losses, chunk_rows=chunk_rows)
 
         def compute(states: Tensor, head: Head) -> Tensor:
             return sum_over_chunks(lambda rows: logits_of(rows, head), states, losses, chunk_rows=chunk_rows)
 
-        return self.with_plain_head(normed, compute)
+        return self.with_plain_head(normed, compute, trains_head=trains_head)
 
     @property
     def is_plain(self) -> bool:
@@ -131,17 +132,21 @@ class LogitLens(nn.Module):
         """Where the head computes."""
         return execution_device(self._modules_of_model[1])
 
-    def with_plain_head(self, normed: Float[Tensor, "N D"], compute: Callable[[Tensor, Head], Tensor]) -> Tensor:
+    def with_plain_head(
+        self, normed: Float[Tensor, "N D"], compute: Callable[[Tensor, Head], Tensor], *, trains_head: bool = True
+    ) -> Tensor:
         """``compute(normed, plain head)``, run as the forward pass of the head's own modules.
 
         Wrappers that gather a module's weights when it is called, as ZeRO-3 does, gather them for ``compute``, and
-        again when gradients go back through what it returns.
+        again when gradients go back through what it returns. Without ``trains_head`` gradients reach the states, and
+        nothing of the head.
         """
         parts = plain_parts(self._modules_of_model[1])
         assert parts is not None, "only a plain head has matrices"
 
         def innermost(states: Tensor) -> Tensor:
-            return compute(states, self._head_of(parts))
+            head = self._head_of(parts)
+            return compute(states, head if trains_head else _frozen(head, parts))
 
         return _within([parts.linear, *(one.up for one in parts.adapters)], innermost)(normed)
 
@@ -263,6 +268,14 @@ class _Adapter(NamedTuple):
     def reduced(self, normed: Tensor) -> Tensor:
         return self.down(self.dropout(normed.to(self.down.weight.dtype))) * self.scaling
 
+    def reduced_by_frozen(self, normed: Tensor) -> Tensor:
+        """``reduced``, without a gradient at ``down``, in the call that gathers its weight."""
+
+        def product(states: Tensor) -> Tensor:
+            return functional.linear(states, self.down.weight.detach())
+
+        return _within([self.down], product)(self.dropout(normed.to(self.down.weight.dtype))) * self.scaling
+
 
 class PlainParts(NamedTuple):
     """A head as modules whose products add up to its logits."""
@@ -294,6 +307,13 @@ def plain_parts(head: nn.Module) -> PlainParts | None:
             for name in names
         ),
     )
+
+
+def _frozen(head: Head, parts: PlainParts) -> Head:
+    """The same head without gradients at its weights."""
+    adapters = tuple(Adapter(one.reduced_by_frozen, one.up.weight.detach()) for one in parts.adapters)
+    bias = None if head.whole_bias is None else head.whole_bias.detach()
+    return replace(head, matrix=head.matrix.detach(), whole_bias=bias, adapters=adapters)
 
 
 def _within(modules: Sequence[nn.Module], compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

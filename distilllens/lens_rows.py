@@ -31,6 +31,13 @@ class LensRows:
         """What student ``layer`` reads, as an index of something with N rows."""
         return self.of_layer[layer] if self.share < 1.0 else slice(None)
 
+    def among(self, chosen: Int[Tensor, " chosen"], num_rows: int) -> "LensRows":
+        """These, where only ``chosen`` of the batch's rows remain, ascending; rows are numbered among those."""
+        number = torch.full((num_rows,), -1, device=chosen.device)
+        number[chosen] = torch.arange(len(chosen), device=chosen.device)
+        remaining = {layer: number[rows] for layer, rows in self.of_layer.items()}
+        return LensRows(self.share, {layer: rows[rows >= 0] for layer, rows in remaining.items()})
+
     def to(self, device: torch.device) -> "LensRows":
         """These on another device."""
         moved = {layer: rows.to(device, non_blocking=True) for layer, rows in self.of_layer.items()}

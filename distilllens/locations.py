@@ -13,6 +13,15 @@ Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance
 """A folder of this machine, or a URL of fsspec."""
 
 
+def _one_or_more(value: Any) -> Any:
+    """A file may name one, or list several."""
+    return (value,) if isinstance(value, str | Path) else () if value is None else value
+
+
+Locations = Annotated[tuple[Location, ...], BeforeValidator(_one_or_more)]
+"""Some of them."""
+
+
 def _local(value: Any) -> Any:
     # A path has lost one of the slashes of a URL; a drive of Windows has one letter.
     if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+:/", str(value)):

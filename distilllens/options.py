@@ -10,6 +10,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from distilllens.config import APPEND_DATASET
+from distilllens.locations import Location
 from distilllens.run_config import AnyConfig, RunConfig, load_config
 
 BARE = {"resume_from_checkpoint": ("latest", "[FOLDER]"), "append": (APPEND_DATASET, "[FILE]")}
@@ -61,6 +62,8 @@ def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., A
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
     if choices:
         return click.option(flag, name, type=click.Choice(choices), default=None, help=help_text)
+    if get_args(kind)[:1] == (Location,):
+        return click.option(flag, name, multiple=True, metavar="PATH", help=help_text)
     if name == "model":
         return click.option(flag, name, multiple=True, metavar="MODEL", callback=_joined, help=help_text)
     types_by_kind: dict[type, Any] = {int: int, float: float, Path: click.Path(path_type=Path)}
@@ -92,7 +95,7 @@ def _kind(annotation: Any) -> tuple[type, tuple[str, ...]]:
     if origin in (Union, types.UnionType):
         return _kind(next(part for part in get_args(annotation) if part is not type(None)))
     if origin is tuple:
-        return str, ()
+        return (annotation if get_args(annotation)[0] is Location else str), ()
     if origin is not None and hasattr(annotation, "__metadata__"):
         return _kind(get_args(annotation)[0])
     return (annotation, ()) if isinstance(annotation, type) else (str, ())

@@ -1,5 +1,6 @@
 """What the configs of all runs share: frozen models, their types, one YAML file under flags."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -11,7 +12,7 @@ def split_text(value: Any) -> Any:
     """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return (value,) if isinstance(value, int) else value
+    return (value,) if isinstance(value, int | float) else value
 
 
 def _text(value: Any) -> Any:
@@ -23,6 +24,7 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
 
 
+Numbers = Annotated[tuple[float, ...], BeforeValidator(split_text)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(split_text)]
 Spec = Annotated[str, BeforeValidator(_text)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -33,9 +35,21 @@ class RunConfig(BaseModel):
     """What every run shares: frozen, unknown keys refused, the text below a field is the help of its flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
     OTHER_NAMES: ClassVar[dict[str, str]] = {}
     """Further names of keys, in files and as flags -> the key."""
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """Reads numbers and truth values as YAML 1.2 does: in 1.1, PyYAML's, ``pairs: 2:8`` is 128 and ``on`` is true."""
+
+
+_INT, _BOOL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool"
+_CoreLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _BOOL)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_CoreLoader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_CoreLoader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
@@ -51,7 +65,7 @@ def load_config(model: type[AnyConfig], *, file: Path | None, flags: dict[str, A
         if not file.is_file():
             raise ValueError(f"{file} is not a file: --config takes a YAML file with the keys of this command")
         try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+            loaded = yaml.load(file.read_text(encoding="utf-8"), _CoreLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not valid YAML: {error}") from None
         if not isinstance(loaded, dict | None):
@@ -97,4 +111,12 @@ def _sentences(error: ValidationError, source: str) -> str:
 
 def save_config(config: RunConfig, file: Path) -> None:
     """Write the resolved run as YAML beside its output."""
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    file.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved run as YAML; a dry run as the run that it stands for."""
+    values = config.model_dump(mode="json")
+    if "dry_run" in values:
+        values["dry_run"] = False
+    return yaml.safe_dump(values, sort_keys=False)

@@ -7,7 +7,7 @@ import torch
 from distilllens.collate import Batch
 from distilllens.divergence import sparse_divergence
 from distilllens.matching import ALIGNMENT
-from distilllens.student import Objective
+from distilllens.objective import Objective
 from distilllens_cache import CacheReader, canary
 
 CHECKED_ROWS = 64
@@ -35,10 +35,7 @@ def check_objective(batch: Batch, objective: Objective, *, vocab_size: int) -> N
 
     It must be near 0 for the teacher's own distribution, more for a shuffled one, and have a gradient there.
     """
-    terms = [(objective.lens_divergence, teacher) for _, teacher in objective.lens_pairs]
-    if objective.needs_final_targets:
-        terms.append((objective.task, batch.final_layer))
-    for name, layer in terms:
+    for name, layer in objective.divergences(max(batch.targets)):
         targets, tail = batch.targets[layer][:CHECKED_ROWS], batch.tails[layer]
         where = f"self-check of {name} at teacher layer {layer}"
         own = tail.completed(targets, vocab_size)

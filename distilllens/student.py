@@ -1,56 +1,29 @@
 """The student as the engine wraps it: model and lens in, sums of losses over target positions out."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from distilllens.collate import Batch
 from distilllens.divergence import cross_entropy, jsd_certificate, sparse_divergence
 from distilllens.divergence_spec import parse_divergence
-from distilllens.fused import Group, Loss, certain_targets
+from distilllens.layer_maps import Pairs
 from distilllens.lens import LogitLens, rows_at
+from distilllens.loss_parts import Part, final_part, final_values, lens_part
 from distilllens.losses import sum_losses
+from distilllens.mixed_batch import MixedBatch, combined
+from distilllens.objective import Objective
+from distilllens.positions import take_highest
 from distilllens.tails import BucketTail, log_mass_outside
 from distilllens.targets import SparseTargets
 
-Pairs = tuple[tuple[int, int], ...]
-"""Layers that are matched: (student, teacher), counted from 1."""
 CALIBRATION_BINS = 15
 """Equal-width bins of the expected calibration error (Guo et al. 2017)."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """``(1 - kd_ratio) * CE + kd_ratio * (task + lens_weight * mean over pairs of the lens divergence)``."""
-
-    task: str
-    lens_divergence: str
-    pairs: Pairs
-    lens_weight: float
-    kd_ratio: float
-
-    @property
-    def lens_pairs(self) -> Pairs:
-        """Pairs that the loss needs: none where their weight is 0."""
-        return self.pairs if self.kd_ratio * self.lens_weight > 0 else ()
-
-    def teacher_layers(self, final_layer: int) -> tuple[int, ...]:
-        """Teacher layers whose targets the loss reads."""
-        final = (final_layer,) if self.needs_final_targets else ()
-        return (*sorted({teacher for _, teacher in self.lens_pairs}), *final)
-
-    @property
-    def lens_layers(self) -> tuple[int, ...]:
-        """Student layers whose lens the loss reads."""
-        return tuple(student for student, _ in self.lens_pairs)
-
-    @property
-    def needs_final_targets(self) -> bool:
-        """Whether the loss reads the teacher's final distribution."""
-        return self.kd_ratio > 0 and self.task != "ce"
 
 
 class Student(nn.Module):
@@ -67,15 +40,17 @@ class Student(nn.Module):
         self,
         batch: Batch,
         measured_pairs: Pairs | None = None,
+        lens_factor: float = 1.0,
         *,
         read: Callable[["Student", Batch], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
         ``lens/s:t`` is the divergence of a pair. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
-        of the JSD over the whole vocabulary, which sparse targets do not determine. ``kept_mass/s:t`` and
-        ``student_mass/s:t`` are the teacher's and the student's probability of the kept tokens, and the same with
-        ``final`` for the final layer, where the loss reads its targets.
+        of the JSD over the whole vocabulary, which sparse targets do not determine. ``unsure/final`` and
+        ``unsure/s:t`` count the positions beyond an entropy gate. ``kept_mass/s:t`` and ``student_mass/s:t`` are the
+        teacher's and the student's probability of the kept tokens, and the same with ``final`` for the final layer,
+        where the loss reads its targets. ``lens_factor`` scales the weight of the lens.
 
         With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``; with
         ``read`` what that makes of the batch, inside the call, where wrappers have gathered the weights.
@@ -88,48 +63,76 @@ class Student(nn.Module):
         hidden = self.lens.hidden_states(
             batch.input_ids, batch.attention_mask, sorted({final_layer, *(student for student, _ in pairs)})
         )
-        rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
         if measures:
+            rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
             sums = self._measure_final(rows[final_layer], batch)
             for student, teacher in pairs:
                 normed = self.lens.normed(rows[student], student)
                 sums |= self._measure_lens(normed, batch, (student, teacher))
             return sums
-        # Rows that a lens layer doesn't read go through neither norm nor head.
-        inner = {pair: self.lens.normed(rows[pair[0]][batch.lens_rows.at(pair[0])], pair[0]) for pair in pairs}
-        return self._losses(rows[final_layer], inner, batch)
+        if not isinstance(batch, MixedBatch):
+            total, (sums,) = self._sums([self._parts(batch, hidden, self.objective, lens_factor)])
+            return {"total": total, **sums}
+        views, disagreement = batch.taught(vocab_size=self.lens.vocab_size)
+        parts = []
+        for view in views:
+            own = self._parts(view.batch, hidden, view.teaching.objective, lens_factor)
+            parts.append([part.times(view.teaching.weight) for part in own])
+        total, of_views = self._sums(parts)
+        return {"total": total, **combined(views, of_views, mix=batch.mix), **disagreement}
 
-    def _losses(self, final: Tensor, inner: dict[tuple[int, int], Tensor], batch: Batch) -> dict[str, Tensor]:
-        objective = self.objective
-        rho, per_pair = objective.kd_ratio, objective.lens_weight / max(1, len(inner))
-        # Cross-entropy is the forward KL from all mass on the next token.
-        of_next = certain_targets(batch.next_ids)
-        at_final = {"ce": Loss("fkl", of_next, BucketTail(), 1 - rho)}
-        if objective.needs_final_targets:
-            at_final["task"] = self._loss(objective.task, batch, batch.final_layer, rho)
-        elif rho > 0:
-            at_final["task"] = Loss("fkl", of_next, BucketTail(), rho)
-        groups = [Group(len(final), tuple(at_final.values()))]
-        groups += [Group(len(rows), (self._lens_loss(batch, pair, rho * per_pair),)) for pair, rows in inner.items()]
-        found = sum_losses([final, *inner.values()], groups, self.lens, chunk_rows=self.chunk_rows)
-        sums = {"total": found.total, **dict(zip(at_final, found.each, strict=False))}
-        if objective.needs_final_targets:
-            sums |= _masses("final", batch.targets[batch.final_layer], found.on_support[1])
-        of_lens = torch.stack([found.each, found.low, found.slack], -1)[len(at_final) :] / batch.lens_rows.share
-        is_jsd = parse_divergence(objective.lens_divergence).name == "jsd"
-        on_support = found.on_support[len(at_final) :]
-        for pair, group, values, mass in zip(inner, groups[1:], of_lens, on_support, strict=True):
-            sums |= _named(pair, *values, is_jsd=is_jsd)
-            sums |= _masses(_name(pair), group.losses[0].targets, mass, share=batch.lens_rows.share)
-        return sums
+    def _parts(self, batch: Batch, hidden: dict[int, Tensor], objective: Objective, lens_factor: float) -> list[Part]:
+        """The losses of a batch, or of one view of it."""
+        rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
+        share = objective.positions.share
+        if share < 1.0:
+            chosen = take_highest(self._scores(rows[self.lens.num_layers], batch), batch.num_targets, share)
+            batch, rows = batch.at(chosen), {layer: states[chosen] for layer, states in rows.items()}
+        parts = final_part(objective, batch, rows[self.lens.num_layers])
+        for pair, weight in objective.weight_of_pair.items():
+            # Rows that a lens layer doesn't read go through neither norm nor head.
+            normed = self.lens.normed(rows[pair[0]][batch.lens_rows.at(pair[0])], pair[0])
+            parts += lens_part(objective, batch, normed, pair, weight * lens_factor)
+        return parts
 
-    def _loss(self, divergence: str, batch: Batch, layer: int, weight: float) -> Loss:
-        return Loss(divergence, batch.targets[layer], batch.tails[layer], weight)
+    def _sums(self, parts: Sequence[list[Part]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The weighted total, and for each list of parts the sums by name."""
+        objective, flat = self.objective, [part for some in parts for part in some]
+        groups = [part.group(lens_trains_head=objective.lens_trains_head) for part in flat]
+        found = sum_losses([part.states for part in flat], groups, self.lens, chunk_rows=self.chunk_rows)
+        # Beyond a gate there is no JSD, and a sum over some positions would be no limit of anything.
+        has_limits = parse_divergence(objective.lens_divergence).name == "jsd" and objective.gate.lens == math.inf
+        of_losses = iter(torch.stack([found.each, found.low, found.slack, found.on_support], -1))
+        each: list[dict[str, Tensor]] = []
+        for some in parts:
+            sums: dict[str, Tensor] = {}
+            for part in some:
+                for name, loss in part.losses.items():
+                    value, low, slack, mass = next(of_losses) / part.share
+                    more = (
+                        {name: value} if part.pair is None else _named(part.pair, value, low, slack, is_jsd=has_limits)
+                    )
+                    if part.pair is not None or (name == "task" and objective.needs_final_targets):
+                        more |= _masses(part.label, loss.targets, mass, share=part.share)
+                    sums |= {key: sums[key] + sum_ if key in sums else sum_ for key, sum_ in more.items()}
+                if part.is_unsure:
+                    sums[f"unsure/{part.label}"] = torch.tensor(len(part.states) / part.share, device=found.each.device)
+            each.append(sums)
+        return found.total, each
 
-    def _lens_loss(self, batch: Batch, pair: tuple[int, int], weight: float) -> Loss:
-        student, teacher = pair
-        targets, weight = batch.targets[teacher][batch.lens_rows.at(student)], weight / batch.lens_rows.share
-        return Loss(self.objective.lens_divergence, targets, batch.tails[teacher], weight)
+    @torch.no_grad()
+    def _scores(self, final: Float[Tensor, "N D"], batch: Batch) -> Float[Tensor, " N"]:
+        """What positions are chosen by, of all of them: a head's forward product more."""
+
+        def of_chunk(logits: Tensor, where: slice) -> Tensor:
+            if self.objective.positions.by == "entropy":
+                values = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+            else:
+                values = final_values(self.objective, logits, batch, where)
+            # As a sum over chunks: each gives its own rows, and zeros for the others.
+            return functional.pad(values, (where.start, len(final) - where.start - len(values)))
+
+        return self.lens.sum_over_chunks(final, of_chunk, chunk_rows=self.chunk_rows)
 
     def _measure_lens(self, rows: Tensor, batch: Batch, pair: tuple[int, int]) -> dict[str, Tensor]:
         targets, tail = batch.targets[pair[1]], batch.tails[pair[1]]
@@ -175,6 +178,6 @@ def _name(pair: tuple[int, int]) -> str:
 
 
 def _masses(where: str, targets: SparseTargets, of_student: Tensor, *, share: float = 1.0) -> dict[str, Tensor]:
-    """The probability of the kept tokens, of the teacher's targets and of the student, summed over rows."""
-    of_teacher = -targets.log_rest.double().expm1().sum()
-    return {f"kept_mass/{where}": of_teacher / share, f"student_mass/{where}": of_student / share}
+    """The probability of the kept tokens, of the teacher's targets at a ``share`` of the rows and of the student."""
+    of_teacher = -targets.log_rest.double().expm1().sum() / share
+    return {f"kept_mass/{where}": of_teacher, f"student_mass/{where}": of_student}

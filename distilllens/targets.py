@@ -78,6 +78,12 @@ class SparseTargets(_Rows):
         return self.ids.shape[0]
 
 
+def entropies(targets: SparseTargets) -> Float[Tensor, " N"]:
+    """Entropy of each row's kept tokens and its rest as one more outcome, in nats: at most that of the whole row."""
+    of_kept = -(targets.log_probs.exp() * targets.log_probs).masked_fill(~targets.is_kept, 0.0).sum(-1)
+    return of_kept - targets.log_rest.exp() * targets.log_rest
+
+
 def take_top_k(logits: Float[Tensor, "N V"], width: int | Width) -> SparseTargets:
     """Keep the likeliest tokens of each row; probabilities are not renormalized."""
     return split_top_k(logits, width)[0]

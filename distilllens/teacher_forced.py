@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilllens.batches import pack_by_length
 from distilllens.collate import Batch, collate
 from distilllens.matching import match_student
-from distilllens.student import Objective, Student
+from distilllens.objective import Objective
+from distilllens.student import Student
 from distilllens.tails import Tail
 from distilllens_cache import CacheFolder, CacheReader
 

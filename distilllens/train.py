@@ -21,15 +21,16 @@ from distilllens.checkpoint import (
     save_model,
     take_student,
 )
-from distilllens.collate import collate
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
 from distilllens.early_stopping import selection_of
 from distilllens.engine import Engine, choose_device, start_engine
 from distilllens.interruption import Interruption
-from distilllens.lens_rows import choose_lens_rows
+from distilllens.lens_schedule import lens_factor
 from distilllens.loss_watch import PATIENCE, running_median
 from distilllens.metrics import Metrics, RunningSums, history_entry
+from distilllens.mixed_batch import MixedBatch
+from distilllens.mixture import DataMixture, MixedReadAhead
 from distilllens.schedule import learning_rate, num_warmup_steps
 from distilllens.self_check import check_objective
 from distilllens.trackers import check_trackers
@@ -39,6 +40,8 @@ from distilllens.watch_config import tracker_names
 from distilllens_cache import ReadAhead
 
 RESOLVED = "config.resolved.yaml"
+MERGED = "merged"
+"""Folder in the output for a LoRA student with its adapters merged."""
 
 
 class NonFiniteError(ValueError):
@@ -71,6 +74,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         examples_per_micro_batch=config.per_device_train_batch_size,
         micro_batches=config.gradient_accumulation_steps,
         world_size=engine.world_size,
+        positions_share=config.positions_share,
     )
     num_steps = config.max_steps if config.max_steps > 0 else steps.for_epochs(config.num_train_epochs)
     identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
@@ -79,7 +83,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         state = load_state(checkpoint, identity)
         engine.load_state(checkpoint)
         say(f"Resuming from {checkpoint} after step {state.global_step}")
-    with ReadAhead(run.source, steps.order, stop=num_steps * steps.examples_per_step) as examples:
+    with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
         _self_check(run, examples, steps)
         if engine.is_main:
             _start_output(config)
@@ -89,10 +93,15 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
 
 
 def train(
-    run: TrainingRun, engine: Engine, examples: ReadAhead, steps: Steps, state: RunState, validation: Validation
+    run: TrainingRun,
+    engine: Engine,
+    examples: ReadAhead | MixedReadAhead,
+    steps: Steps,
+    state: RunState,
+    validation: Validation,
 ) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
-    config, num_steps, lens_layers = run.config, state.max_steps, run.student.objective.lens_layers
+    config, num_steps = run.config, state.max_steps
     warmup, selection = num_warmup_steps(num_steps, config), selection_of(config)
     metrics = Metrics(config, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
@@ -103,15 +112,15 @@ def train(
         while not is_over:
             step, began, loss_sum = state.global_step, time.perf_counter(), 0.0
             num_targets = steps.num_targets(step)
+            factor = lens_factor(config.lens_schedule, step=step, num_steps=num_steps)
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
                 chosen = [examples[place] for place in steps.places(step, number, engine.rank)]
-                rows = choose_lens_rows(chosen, lens_layers, share=config.lens_rows, seed=config.seed, step=step)
-                batch = collate(chosen, run.tails, lens_rows=rows).to(engine.device)
+                batch = run.batch(chosen, step).to(engine.device)
                 waited = time.perf_counter() - started
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))
-                losses = engine.forward(batch)
+                losses = engine.forward(batch, lens_factor=factor)
                 loss_sum += losses["total"].item()
                 _require_finite(loss_sum, "loss", batch.ids, state, config)
                 engine.backward(losses["total"] / num_targets)
@@ -136,6 +145,7 @@ def train(
                 values = sums.flush() | {
                     "train/grad_norm": gradient_norm,
                     "train/learning_rate": rate,
+                    "train/lens_weight": config.lens_weight * factor,
                     "train/epoch": state.epoch,
                 }
                 state.log_history.append(history_entry(metrics.log(state.global_step, values), epoch=state.epoch))
@@ -148,7 +158,7 @@ def train(
             interrupted = engine.any(interruption.asked) and not is_over
             if is_over or is_best or interrupted or _is_due(state.global_step, config.save_steps):
                 state.pending = sums.pending()
-                folder = save_checkpoint(config, state, engine=engine, model=run.model, tokenizer=run.tokenizer)
+                folder = save_checkpoint(config, state, engine=engine, model=run.saved, tokenizer=run.tokenizer)
                 if interrupted:
                     say(f"Saved {folder}; --resume-from-checkpoint continues from it")
                     raise KeyboardInterrupt
@@ -164,19 +174,33 @@ def _save_student(run: TrainingRun, engine: Engine, state: RunState) -> None:
         if engine.is_main:
             take_student(best, config.output_dir)
     else:
-        save_model(run.model, run.tokenizer, config.output_dir, engine)
+        save_model(run.saved, run.tokenizer, config.output_dir, engine)
+    if run.adapter is not None and config.lora_merge:
+        with engine.whole_weights(run.adapter):
+            merged = run.adapter.merge()
+            if engine.is_main:
+                merged.save_pretrained(config.output_dir / MERGED)
+                run.tokenizer.save_pretrained(config.output_dir / MERGED)
     engine.barrier()
     if selection is not None and selection.is_over(state.best):
         say(selection.verdict(state.best))
     say(f"Trained {state.global_step} steps; the student is in {config.output_dir}{which}")
 
 
-def _self_check(run: TrainingRun, examples: ReadAhead, steps: Steps) -> None:
-    if not run.tails:
+def _self_check(run: TrainingRun, examples: ReadAhead | MixedReadAhead, steps: Steps) -> None:
+    if not run.reads_targets:
         return
-    objective = run.student.objective
-    first = collate([examples[place] for place in steps.places(0, 0, 0)], run.tails)
-    check_objective(first, objective, vocab_size=run.student.lens.vocab_size)
+    objective, vocab_size = run.student.objective, run.student.lens.vocab_size
+    chosen = [examples[place] for place in steps.places(0, 0, 0)]
+    if isinstance(run.source, DataMixture):
+        # A cache of little weight may not be among the first examples.
+        chosen += [run.source[int(start)] for start in run.source.starts[:-1]]
+    batch = run.batch(chosen, 0)
+    if isinstance(batch, MixedBatch):
+        for view in batch.taught(vocab_size=vocab_size)[0]:
+            check_objective(view.batch, view.teaching.objective, vocab_size=vocab_size)
+    else:
+        check_objective(batch, objective, vocab_size=vocab_size)
     pairs = ", ".join(f"{student}:{teacher}" for student, teacher in objective.lens_pairs) or "none"
     say(
         f"Self-check passed: task {objective.task}, lens {objective.lens_divergence} on pairs {pairs}, "

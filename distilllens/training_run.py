@@ -1,22 +1,33 @@
 """What a training run is made of: student, cache, objective, opened and checked before anything is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distilllens.adapters import LoraAdapter, add_adapter, continue_adapter
 from distilllens.batches import ExampleSource
+from distilllens.by_layer import parse_gate
+from distilllens.checkpoint import Saved
+from distilllens.collate import Batch, collate
 from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.data import Example, load_configured
+from distilllens.layer_maps import Pairs
 from distilllens.lens import LogitLens, check_lens
+from distilllens.lens_rows import LensRows, choose_lens_rows
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
+from distilllens.mixed_batch import Teaching, Teachings, collate_mixed
+from distilllens.mixture import DataMixture, MixedExample
+from distilllens.model_source import source_kind
 from distilllens.models import load_model, load_tokenizer
+from distilllens.objective import Gate, Objective, Positions
 from distilllens.self_check import check_alignment
-from distilllens.student import Objective, Pairs, Student
+from distilllens.several_caches import check_layers, match_each, open_caches
+from distilllens.student import Student
 from distilllens.tails import Tail
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
 from distilllens_cache import CachedExample, CacheReader
@@ -24,11 +35,11 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "eval_cache", "spool_dir", "spool_bytes", "max_steps", "num_train_epochs", "report_to",
-    "run_name", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold",
-    "max_loss_ratio",
+    "student", "cache", "cache_weights", "mix", "eval_cache", "spool_dir", "spool_bytes", "max_steps",
+    "num_train_epochs", "lora_merge", "dry_run", "report_to", "run_name", "metric_for_best_model",
+    "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold", "max_loss_ratio",
 }  # fmt: skip
-"""Settings that a resumed run may change; the cache is compared by its digest, the length by its steps."""
+"""Settings that a resumed run may change; caches are compared by digest and weight, the length by its steps."""
 
 
 class TokenizedRows:
@@ -71,14 +82,39 @@ class TrainingRun:
 
     config: TrainConfig
     model: PreTrainedModel
+    adapter: LoraAdapter | None
+    """Of a LoRA student: what is trained in ``model``, and saved of it."""
     tokenizer: PreTrainedTokenizerBase
     student: Student
-    source: ExampleSource
+    source: ExampleSource | DataMixture
     tails: dict[int, Tail]
-    """What stands for the rest at the teacher layers that the loss reads."""
+    """What stands for the rest at the teacher layers that the loss reads; empty where there are several caches."""
     evaluation: Evaluation | None
     identity: dict[str, Any]
     """What a resumed run must share with this one."""
+    teachings: Teachings | None = None
+    """What the loss reads of each cache, where there are several."""
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the loss reads anything that a teacher said."""
+        return bool(self.tails) or any(one.tails for one in (self.teachings.each if self.teachings else ()))
+
+    def batch(self, examples: Sequence[CachedExample], step: int) -> Batch:
+        """The batch of some of a step's examples."""
+        config, layers = self.config, self.student.objective.lens_layers
+
+        def lens_rows(some: Sequence[CachedExample]) -> LensRows:
+            return choose_lens_rows(some, layers, share=config.lens_rows, seed=config.seed, step=step)
+
+        if self.teachings is None:
+            return collate(examples, self.tails, lens_rows=lens_rows(examples))
+        return collate_mixed(cast(Sequence[MixedExample], examples), self.teachings, lens_rows=lens_rows)
+
+    @property
+    def saved(self) -> Saved:
+        """What checkpoints and the output folder hold."""
+        return self.model if self.adapter is None else self.adapter
 
 
 def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
@@ -88,7 +124,7 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     """
     source = str(start_from or config.student)
     revision = None if start_from else config.student_revision
-    model = load_model(source, revision=revision, attn_implementation=config.attn_implementation)
+    model, adapter = _open_model(config, source, revision, is_resumed=start_from is not None)
     tokenizer = load_tokenizer(source, revision=revision)
     require_matching_tokenizer(model, tokenizer, source)
     if config.gradient_checkpointing:
@@ -98,47 +134,124 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = _open_evaluation(config, model, tokenizer)
-    open_source = _from_cache if config.cache is not None else _from_rows
-    examples, lens, objective, tails, resolved = open_source(config, model, tokenizer)
+    open_source = (_from_rows, _from_cache, _from_caches)[min(len(config.cache), 2)]
+    opened = open_source(config, model, tokenizer)
     asked = {name: value for name, value in config.model_dump(mode="json").items() if name not in RESUME_IGNORES}
-    identity = asked | resolved
+    identity = asked | opened.identity
+    if adapter is not None:
+        identity["lora_base"] = adapter.base_digest
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
-    student = Student(model, lens, objective, chunk_rows=config.loss_chunk_rows)
-    return TrainingRun(config, model, tokenizer, student, examples, tails, evaluation, identity)
+    student = Student(model, opened.lens, opened.objective, chunk_rows=config.loss_chunk_rows)
+    return TrainingRun(
+        config, model, adapter, tokenizer, student, opened.source, opened.tails, evaluation, identity, opened.teachings
+    )
 
 
-Opened = tuple[ExampleSource, LogitLens, Objective, dict[int, Tail], dict[str, Any]]
+def _open_model(
+    config: TrainConfig, source: str, revision: str | None, *, is_resumed: bool
+) -> tuple[PreTrainedModel, LoraAdapter | None]:
+    is_adapter = source_kind(source) == "adapter"
+    if is_adapter and config.lora_r is not None and not is_resumed:
+        raise ValueError(
+            f"--student {source} is an adapter with a rank of its own: drop --lora-r to train it on, or give its base"
+        )
+    if config.lora_merge and config.lora_r is None and not is_adapter:
+        raise ValueError(f"--lora-merge: {source} is no adapter and gets none; drop it, or give --lora-r")
+    if is_adapter:
+        adapter = continue_adapter(source, attn_implementation=config.attn_implementation)
+        return adapter.model, adapter
+    model = load_model(source, revision=revision, attn_implementation=config.attn_implementation)
+    if config.lora_r is None:
+        return model, None
+    adapter = add_adapter(model, config, source=source, revision=revision, seed=config.seed)
+    return adapter.model, adapter
 
 
-def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opened:
-    assert config.cache is not None
-    reader = CacheReader(config.cache_folder(config.cache))
-    losses = {} if config.task == "ce" else {"task": config.task}
-    matching = _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
-    objective = _objective(config, matching.pairs)
-    if config.method == "distilllens":
+@dataclass(frozen=True)
+class _Opened:
+    """Data of a run, and how the student learns from it."""
+
+    source: ExampleSource | DataMixture
+    lens: LogitLens
+    objective: Objective
+    tails: dict[int, Tail]
+    identity: dict[str, Any]
+    teachings: Teachings | None = None
+
+
+def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Opened:
+    (location,) = config.cache
+    reader = CacheReader(config.cache_folder(location))
+    matching = _match_for_loss(config, model, tokenizer, reader)
+    objective = _objective_for(config, model, matching)
+    if config.method != "sft":
         say(check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch)))
-    tails = {layer: matching.tails[layer] for layer in objective.teacher_layers(matching.final_layer)}
     identity = {
         "cache": reader.digest,
-        "pairs": [list(pair) for pair in objective.pairs],
+        "pairs": _pairs_and_shares(matching),
         "tail": matching.tail,
         "mismatches": list(matching.mismatches),
     }
-    return reader, matching.lens, objective, tails, identity
+    return _Opened(reader, matching.lens, objective, _tails_read(objective, matching), identity)
 
 
-def _from_rows(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Opened:
+def _from_caches(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Opened:
+    caches = open_caches(config)
+    matchings = match_each(caches, lambda reader: _match_for_loss(config, model, tokenizer, reader))
+    if config.method != "sft":
+        check_layers(caches, matchings)
+        for name, reader in zip(caches.names, caches.readers, strict=True):
+            sentence = check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch))
+            say(f"{name}: {sentence}")
+    teachings, identities = [], []
+    for name, reader, weight, matching in zip(caches.names, caches.readers, caches.weights, matchings, strict=True):
+        objective = _objective_for(config, model, matching)
+        in_loss = 1.0 if caches.mix == "data" else weight
+        teachings.append(Teaching(name, in_loss, objective, _tails_read(objective, matching)))
+        pairs = _pairs_and_shares(matching)
+        identities.append({"digest": reader.digest, "weight": weight, "pairs": pairs, "tail": matching.tail})
+    identity = {
+        "caches": identities,
+        "mix": caches.mix,
+        "tail": "; ".join(f"{name}: {one.tail}" for name, one in zip(caches.names, matchings, strict=True)),
+        "mismatches": [text for one in matchings for text in one.mismatches],
+    }
+    pairs = tuple(dict.fromkeys(pair for one in matchings for pair in one.pairs))
+    # The layers that any teacher is matched at; each teaching has weights of its own.
+    objective = replace(teachings[0].objective, pairs=pairs, shares=())
+    each = Teachings(caches.mix, tuple(teachings))
+    return _Opened(caches.source, matchings[0].lens, objective, {}, identity, each)
+
+
+def _pairs_and_shares(matching: Matching) -> list[list[float]]:
+    return [[*pair, share] for pair, share in zip(matching.pairs, matching.shares, strict=True)]
+
+
+def _tails_read(objective: Objective, matching: Matching) -> dict[int, Tail]:
+    return {layer: matching.tails[layer] for layer in objective.teacher_layers(matching.final_layer)}
+
+
+def _objective_for(config: TrainConfig, model: PreTrainedModel, matching: Matching) -> Objective:
+    objective = objective_of(config, matching.pairs, matching.shares)
+    if not (objective.lens_trains_head or matching.lens.is_plain):
+        raise ValueError(
+            f"--lens-head-grad off needs a head that is a matrix, bare or under LoRA, and "
+            f"{config.student} has a {type(model.get_output_embeddings()).__name__}: drop it"
+        )
+    return objective
+
+
+def _from_rows(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Opened:
     assert config.dataset is not None
     examples = load_configured(config, config.dataset, tokenizer)
     say(examples.report())
     lens = LogitLens(model, lens_norm="final", vocab_size=effective_vocab_size(model, tokenizer))
     check_lens(model, lens)
-    return (
+    return _Opened(
         TokenizedRows(examples.examples),
         lens,
-        _objective(config, ()),
+        objective_of(config),
         {},
         {"dataset_digest": examples.digest},
     )
@@ -154,6 +267,13 @@ def _open_evaluation(
     return Evaluation(reader, _match(config, model, tokenizer, reader))
 
 
+def _match_for_loss(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reader: CacheReader
+) -> Matching:
+    losses = {} if config.task == "ce" else {"task": config.task}
+    return _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
+
+
 def _match(
     config: TrainConfig,
     model: PreTrainedModel,
@@ -166,12 +286,17 @@ def _match(
     )
 
 
-def _objective(config: TrainConfig, pairs: Pairs) -> Objective:
-    is_distillation = config.method == "distilllens"
+def objective_of(config: TrainConfig, pairs: Pairs = (), shares: tuple[float, ...] = ()) -> Objective:
+    """The objective that a config describes for some pairs."""
+    final, lens = parse_gate(config.entropy_gate)
     return Objective(
-        task=config.task if is_distillation else "ce",
+        task=config.task,
         lens_divergence=config.lens_divergence,
-        pairs=pairs if is_distillation else (),
+        pairs=pairs,
+        shares=shares,
         lens_weight=config.lens_weight,
-        kd_ratio=config.kd_ratio if is_distillation else 0.0,
+        kd_ratio=config.kd_ratio,
+        gate=Gate(final, lens),
+        positions=Positions(config.positions_share, config.positions_by),
+        lens_trains_head=config.lens_head_grad == "on",
     )

@@ -15,8 +15,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 TENSOR_ROOMS = (
-    "chunked", "collate", "divergence", "fused", "fused_divergences", "fused_tiles", "lens", "losses", "sketch_fit",
-    "student", "tail_sampling", "tails", "targets", "teacher_pass",
+    "chunked", "collate", "divergence", "fused", "fused_divergences", "fused_tiles", "lens", "loss_parts", "losses",
+    "mixed_targets", "positions", "sketch_fit", "student", "tail_sampling", "tails", "targets", "teacher_pass",
 )  # fmt: skip
 install_import_hook([f"distilllens.{room}" for room in TENSOR_ROOMS], "beartype.beartype")
 

@@ -15,7 +15,9 @@ V = 40
 seeds = st.integers(0, 2**31)
 widths = st.integers(1, V - 1)
 names = st.sampled_from(sorted(DIVERGENCES))
-F_DIVERGENCES = st.sampled_from(["fkl", "rkl", "jsd", "jsd:0.2", "jeffreys", "skew_fkl", "skew_rkl:0.3", "tvd"])
+F_DIVERGENCES = st.sampled_from(
+    ["fkl", "rkl", "fkl+rkl", "jsd", "jsd:0.2", "jeffreys", "skew_fkl", "skew_rkl:0.3", "tvd"]
+)
 UPPER = {"jsd": math.log(2), "skew_fkl": -math.log(0.1), "skew_rkl": -math.log(0.1), "tvd": 1.0}
 
 

@@ -96,6 +96,17 @@ def test_max_k_is_another_name_of_top_k_and_two_different_values_are_refused(tmp
         parse(["--config", str(file)], CacheTeacherConfig)
 
 
+def test_a_single_pair_and_a_bare_on_are_texts_and_numbers_and_truths_are_not(tmp_path: Path) -> None:
+    """YAML 1.1 reads the pair as 128 and the word as true."""
+    file = tmp_path / "run.yaml"
+    file.write_text("student: s\ncache: c\noutput_dir: o\npairs: 2:8\nlens_head_grad: on\nseed: 7\nbf16: true\n")
+    config = parse(["--config", str(file)])
+    assert isinstance(config, TrainConfig)
+    assert (config.pairs, config.lens_head_grad, config.seed, config.bf16) == ("2:8", "on", 7, True)
+    save_config(config, file)
+    assert parse(["--config", str(file)]) == config
+
+
 def test_every_mistake_is_named_by_its_key(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("cache: c\nlerning_rate: 1\nkd_ratio: 2\n")

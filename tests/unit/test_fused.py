@@ -22,7 +22,9 @@ from distilllens.tails import BucketTail, ProfileTail, RenormTail, SketchTail, T
 from distilllens.targets import SparseTargets, take_top_k
 
 N, D, V, K, R = 37, 16, 101, 7, 5
-DIVERGENCES = ("fkl", "rkl", "jsd", "jsd:0.3", "jeffreys", "skew_fkl", "skew_fkl:0.6", "skew_rkl", "skew_rkl:0.6")
+DIVERGENCES = (
+    "fkl", "rkl", "fkl+rkl", "jsd", "jsd:0.3", "jeffreys", "skew_fkl", "skew_fkl:0.6", "skew_rkl", "skew_rkl:0.6",
+)  # fmt: skip
 TAILS = ("bucket", "profile", "sketch", "capped sketch")
 
 

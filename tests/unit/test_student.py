@@ -12,7 +12,8 @@ from distilllens.collate import Batch, collate
 from distilllens.divergence import jensen_shannon, sparse_divergence
 from distilllens.lens import LogitLens
 from distilllens.lens_rows import LensRows, choose_lens_rows, take_evenly
-from distilllens.student import Objective, Student
+from distilllens.objective import Objective
+from distilllens.student import Student
 from distilllens.tails import BucketTail
 from distilllens.targets import take_top_k, unstack_targets
 from distilllens_cache import CachedExample

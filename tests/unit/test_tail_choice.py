@@ -21,7 +21,7 @@ def test_by_default_it_is_the_best_that_is_stored() -> None:
     assert chosen("none") == {4: "bucket", 8: "bucket"}
 
 
-@pytest.mark.parametrize("task", ["rkl", "jeffreys", "akl:0.3"])
+@pytest.mark.parametrize("task", ["rkl", "fkl+rkl", "jeffreys", "akl:0.3"])
 def test_reverse_kl_takes_a_sketch_where_there_is_one(task: str) -> None:
     assert chosen("profile+sketch:8", task=task) == {4: "profile", 8: "sketch"}
     assert chosen("profile", task=task) == {4: "profile", 8: "profile"}

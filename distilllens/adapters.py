@@ -1,0 +1,91 @@
+"""LoRA students: adapters added to a model or trained on, saved as PEFT folders, merged when asked."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from distilllens.config import LoraConfig
+from distilllens.model_source import short_cause, source_kind
+from distilllens.models import BASE_FILE, adapter_base, load_adapter
+from distilllens.quiet import quiet_libraries
+from distilllens.weights_digest import weights_digest
+
+
+class LoraAdapter:
+    """The adapters in a model, beside the model: what is trained and saved of a LoRA student."""
+
+    def __init__(self, model: Any, base_digest: str) -> None:
+        self._model = model.eval()  # as models are loaded: new adapters come with their dropout on
+        self.base_digest = base_digest
+        """``weights_digest`` of the base."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself, with adapters in the place of some of its modules."""
+        return self._model.get_base_model()
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All weights, those of the base among them."""
+        return self._model.parameters()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a PEFT folder, and which base belongs to it."""
+        self._model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / BASE_FILE).write_text(json.dumps({"weights_digest": self.base_digest}) + "\n", encoding="utf-8")
+
+    def merge(self) -> PreTrainedModel:
+        """The model with its adapters merged into its weights; there is no adapter after that."""
+        return self._model.merge_and_unload()
+
+
+def add_adapter(
+    model: PreTrainedModel, config: LoraConfig, *, source: str, revision: str | None, seed: int
+) -> LoraAdapter:
+    """New adapters in ``model``, which was loaded from ``source``; all other weights are frozen.
+
+    Raises ValueError where peft is missing, or for modules that the model does not have.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("--lora-r needs peft: pip install 'distilllens[lora]'") from None
+    targets = config.lora_target_modules
+    assert config.lora_r is not None
+    settings = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=config.lora_r,
+        lora_alpha=cast(int, config.lora_alpha),
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else targets and list(targets),
+    )
+    # The same first weights on every rank.
+    torch.manual_seed(seed)
+    try:
+        with warnings.catch_warnings(), quiet_libraries():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot get LoRA adapters: {short_cause(error)} (--lora-target-modules)") from None
+    kept = adapted.peft_config["default"]
+    # A folder of this machine by its whole path: the adapter lies elsewhere.
+    kept.base_model_name_or_path = source if source_kind(source) == "hub" else str(Path(source).resolve())
+    kept.revision = revision
+    return LoraAdapter(adapted, weights_digest(source, revision))
+
+
+def continue_adapter(source: str | Path, *, attn_implementation: str) -> LoraAdapter:
+    """The adapters in a PEFT folder with the base that they name, to be trained on.
+
+    Raises ValueError where either cannot be loaded, where the base is not the one that they were trained on, and for
+    adapters that are not LoRA.
+    """
+    adapted = load_adapter(source, attn_implementation=attn_implementation, is_trainable=True)
+    kind = adapted.peft_config["default"].peft_type
+    if kind != "LORA":
+        raise ValueError(f"{source} holds an adapter of the kind {kind}; only LoRA adapters can be trained on")
+    return LoraAdapter(adapted, weights_digest(*adapter_base(Path(source))))
