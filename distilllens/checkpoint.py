@@ -55,7 +55,7 @@ class Saved(Protocol):
         """All its weights."""
         ...
 
-    def save_pretrained(self, folder: Path) -> Any:
+    def save_pretrained(self, folder: Path, /) -> Any:
         """Write them to a folder."""
         ...
 

@@ -29,8 +29,8 @@ class Part:
     """None: the final layer."""
     share: float = 1.0
     """A row stands for ``1 / share`` rows."""
-    is_unsure: bool | None = None
-    """Which side of an entropy gate it is; None where there is no gate."""
+    is_unsure: bool = False
+    """Whether its targets lie beyond an entropy gate."""
 
     @property
     def label(self) -> str:
@@ -85,10 +85,7 @@ def _parted(part: Part, name: str, limit: float) -> list[Part]:
     is_unsure = entropies(part.losses[name].targets) > limit
     sure, unsure = (part.at(side.nonzero()[:, 0]) for side in (~is_unsure, is_unsure))
     covered = {name: replace(unsure.losses[name], divergence=OF_UNSURE)}
-    return [
-        replace(sure, is_unsure=False),
-        replace(unsure, is_unsure=True, losses=unsure.losses | covered),
-    ]
+    return [sure, replace(unsure, losses=unsure.losses | covered, is_unsure=True)]
 
 
 def final_values(objective: Objective, logits: Float[Tensor, "n V"], batch: Batch, rows: slice) -> Float[Tensor, " n"]:

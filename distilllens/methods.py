@@ -5,9 +5,9 @@ itself has none of it there. To compare the two, set the same ``--kd-ratio`` for
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-DEFAULT_METHOD = "distilllens"
+DEFAULT_METHOD: Final = "distilllens"
 
 
 @dataclass(frozen=True)

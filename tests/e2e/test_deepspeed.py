@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distilllens.cache_teacher import run_cache_teacher
@@ -163,6 +164,31 @@ def test_a_head_sharded_by_zero_3_is_whole_in_every_way_through_it(
     one, three = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "three"))
     for name in one:
         torch.testing.assert_close(three[name], one[name], atol=1e-4, rtol=0)
+
+
+def test_a_lora_student_sharded_by_zero_3_learns_what_it_learns_alone(cache, tiny_model_folder, tmp_path) -> None:
+    """With an adapter on the head that the lens must not train, and with chosen positions."""
+    student = tiny_model_folder("llama", num_layers=3, seed=1)
+    file = tmp_path / "zero3.json"
+    file.write_text(
+        '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",'
+        ' "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}'
+    )
+    settings = {
+        "lora_r": 4, "lora_target_modules": "q_proj,lm_head", "lora_merge": True, "lens_head_grad": "off",
+        "positions_share": 0.5, "task": "rkl",
+    }  # fmt: skip
+    config = {"student": str(student), "cache": cache, "per_device_train_batch_size": 8, **SETTINGS, **settings}
+    run_train(TrainConfig(output_dir=tmp_path / "one", **config))
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
+    launch(student, cache, tmp_path / "three", f"--deepspeed={file}", *flags)
+    wanted = [line["train/loss"] for line in read_metrics(tmp_path / "one")]
+    assert [line["train/loss"] for line in read_metrics(tmp_path / "three")] == pytest.approx(wanted, abs=1e-5)
+    for name in ("adapter_model.safetensors", "merged/model.safetensors"):
+        one, three = (load_file(tmp_path / run / name) for run in ("one", "three"))
+        assert one.keys() == three.keys()
+        for weight in one:
+            torch.testing.assert_close(three[weight], one[weight], atol=1e-4, rtol=0)
 
 
 def deepspeed_file(tmp_path: Path, text: str) -> TrainConfig:

@@ -15,6 +15,7 @@ from distilllens.config import CacheTeacherConfig, TrainConfig
 from distilllens.divergence import jensen_shannon
 from distilllens.metrics import read_metrics
 from distilllens.schedule import learning_rate
+from distilllens.targets import entropies, stack_targets
 from distilllens.train import run_train
 from distilllens_cache import CacheError, CacheReader
 
@@ -303,6 +304,42 @@ def test_a_quarter_of_the_lens_rows_trains_alike_however_a_step_is_divided_or_st
         train(
             student, make_cache(), tmp_path / "some", resume_from_checkpoint="latest", **{**settings, "lens_rows": 0.5}
         )
+
+
+def test_schedule_gate_and_chosen_positions_train_alike_however_a_step_is_divided_or_stopped(
+    student, make_cache, tmp_path
+) -> None:
+    reader = CacheReader(make_cache())
+    found = {layer: entropies(stack_targets([one.targets[layer] for one in reader])) for layer in (2, 4)}
+    settings = {
+        "task": "rkl", "lens_schedule": "warm-off:0.5", "positions_share": 0.5, "lens_head_grad": "off",
+        "entropy_gate": f"final={found[4].median().item()},lens={found[2].median().item()}",
+    }  # fmt: skip
+    some = train(student, make_cache(), tmp_path / "some", **settings)
+    assert [line["train/lens_weight"] for line in some] == [1, 1, 1, 0, 0, 0]
+    for line in some:
+        expected = line["train/task"] + line["train/lens_weight"] * line["train/lens"]
+        assert line["train/loss"] == pytest.approx(expected, rel=1e-5)
+    unsure = [line.get(f"train/unsure/{where}") for line in some for where in ("final", "2:2")]
+    assert all(0 <= share <= 1 for share in unsure)
+    assert any(0 < share < 1 for share in unsure)
+    half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    parted = train(student, make_cache(), tmp_path / "parted", **settings, **half)
+    for name in ("train/loss", "train/lens", "train/grad_norm", "train/unsure/2:2"):
+        assert [line[name] for line in parted] == pytest.approx([line[name] for line in some], abs=1e-5)
+    shutil.rmtree(tmp_path / "some" / "checkpoint-6")
+    resumed = train(student, make_cache(), tmp_path / "some", resume_from_checkpoint="latest", **settings)
+    assert without_clock(resumed) == without_clock(some)
+    other = {**settings, "lens_schedule": "linear"}
+    with pytest.raises(ValueError, match=r"  lens_schedule: the checkpoint has 'warm-off:0\.5', this run has 'linear'"):
+        train(student, make_cache(), tmp_path / "some", resume_from_checkpoint="latest", **other)
+
+
+def test_a_baseline_reads_the_final_layer_and_is_measured_at_the_lens_layers(student, make_cache, tmp_path) -> None:
+    lines = train(student, make_cache(), tmp_path / "run", method="kd", eval_cache=make_cache(), max_steps=2)
+    assert not any(name.startswith("train/lens/") for name in lines[0])
+    assert lines[0]["train/loss"] == pytest.approx((lines[0]["train/ce"] + lines[0]["train/task"]) / 2, rel=1e-5)
+    assert "eval/lens_jsd/2:2" in lines[-1]
 
 
 def test_bfloat16_follows_float32(student, make_cache, tmp_path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from distilllens import model_source
-from distilllens.model_source import source_kind
+from distilllens.model_source import local_path, source_kind
 from distilllens.models import config_digest, load_model, load_tokenizer
 from distilllens.quiet import quiet_libraries
 from distilllens.weights_digest import weights_digest
@@ -191,6 +191,19 @@ def test_a_damaged_tokenizer_is_refused(folder):
 def test_what_this_machine_cannot_do_is_refused(folder, wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_model(folder, **wrong)
+
+
+def test_a_gguf_file_of_an_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "some_wheel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    (package / "model.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert source_kind("wheel:some_wheel") == "gguf"
+    assert local_path("wheel:some_wheel") == package / "model.gguf"
+    for name in ("no_such_wheel", "json", "../x"):
+        with pytest.raises(ValueError, match=f"no package {name} with a .gguf file is installed"):
+            load_model(f"wheel:{name}")
 
 
 # Adapters -----------------------------------------------------------------------------------------
