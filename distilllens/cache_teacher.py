@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
-from distilllens.engine import is_distributed
+from distilllens.launch import is_distributed
 from distilllens.pass_estimate import estimate, folder_size
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.teacher_pass import TeacherPass

@@ -55,7 +55,8 @@ def save_checkpoint(
     folder = run / f"checkpoint-{state.global_step}"
     unfinished = run / f"{folder.name}.tmp"
     if engine.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in run.glob("checkpoint-*.tmp"):  # by whoever was killed while saving or removing
+            shutil.rmtree(left, ignore_errors=True)
         unfinished.mkdir(parents=True)
     engine.barrier()
     with _explained(unfinished):
@@ -65,14 +66,22 @@ def save_checkpoint(
             _write_state(unfinished / STATE, state)
             _sync(unfinished)
     if engine.is_main:
-        if folder.exists():
-            shutil.rmtree(folder)
+        _remove(folder)
         unfinished.rename(folder)
         fsync_folder(run)
         for old in checkpoints(run)[: -keep if keep else 0]:
-            shutil.rmtree(old)
+            _remove(old)
     engine.barrier()
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if it is there; whoever is killed meanwhile leaves no part of it under its name."""
+    if folder.exists():
+        removed = folder.with_name(f"{folder.name}.old.tmp")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -144,3 +153,4 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+    fsync_folder(folder)

@@ -245,7 +245,8 @@ class TrainConfig(DatasetConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     bf16: bool = False
-    """Train in bfloat16 autocast; weights and optimizer stay in float32."""
+    """Train in bfloat16: autocast in one process, DeepSpeed's bf16 with several ranks. What the optimizer updates stays
+    in float32."""
     device: str = "auto"
     """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N."""
     attn_implementation: str = "sdpa"
@@ -262,8 +263,11 @@ class TrainConfig(DatasetConfig):
     """Checkpoints kept; the oldest go first."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
+    log_example_ids: bool = False
+    """Write the ids of each step's examples to examples.jsonl, to compare runs."""
     deepspeed: Path | None = None
-    """DeepSpeed configuration (JSON). With several ranks and no file, the shipped ZeRO-2 one is used."""
+    """DeepSpeed configuration: a JSON file, or one of zero1, zero2, zero3, zero2_offload and zero3_offload; zero2 with
+    several ranks when not given."""
     local_rank: int | None = None
     """Set by the deepspeed launcher; the LOCAL_RANK variable wins."""
 

@@ -24,7 +24,7 @@ class Metrics:
         self._first_step = resumed_step
         self._file: TextIO | None = None
         if engine.is_main:
-            _drop_after(run / FILE, resumed_step)
+            drop_after(run / FILE, resumed_step)
             self._file = (run / FILE).open("a", encoding="utf-8")
 
     def log(self, step: int, values: dict[str, float]) -> dict[str, float]:
@@ -115,7 +115,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / FILE).read_text("utf-8").splitlines()]
 
 
-def _drop_after(file: Path, step: int) -> None:
+def drop_after(file: Path, step: int) -> None:
     """A resumed run repeats the steps after its checkpoint: their old lines go."""
     if not file.exists():
         return

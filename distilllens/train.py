@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from distilllens.checkpoint import RunState, find_checkpoint, load_state, save_c
 from distilllens.collate import collate
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
-from distilllens.engine import Engine, choose_device, start_engine
+from distilllens.deepspeed_config import RunFacts
+from distilllens.engine import Engine
+from distilllens.example_log import ExampleLog
 from distilllens.interruption import Interruption
+from distilllens.launch import choose_device, is_distributed, join_ranks, start_engine, world_size
 from distilllens.lens_rows import choose_lens_rows
 from distilllens.metrics import Metrics, RunningSums
 from distilllens.schedule import learning_rate
@@ -33,6 +37,7 @@ class NonFiniteError(ValueError):
 
 def run_train(config: TrainConfig) -> Path:
     """Train as ``config`` says; the folder of the final model."""
+    join_ranks()
     device = choose_device(config.device)
     _check_output(config)
     checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
@@ -43,29 +48,29 @@ def run_train(config: TrainConfig) -> Path:
 def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) -> None:
     """Train what was opened, from the start or on from ``checkpoint``, and save the student."""
     config = run.config
-    hidden_size = run.model.config.get_text_config().hidden_size
-    engine = start_engine(run.student, config, device, hidden_size=hidden_size)
     steps = Steps(
         run.source,
         seed=config.seed,
         examples_per_micro_batch=config.per_device_train_batch_size,
         micro_batches=config.gradient_accumulation_steps,
-        world_size=engine.world_size,
+        world_size=world_size(),
     )
     num_steps = config.max_steps if config.max_steps > 0 else steps.for_epochs(config.num_train_epochs)
-    identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
-    state = RunState(max_steps=num_steps, identity=identity)
-    if checkpoint is not None:
-        state = load_state(checkpoint, identity)
-        engine.load_state(checkpoint)
-        say(f"Resuming from {checkpoint} after step {state.global_step}")
-    _self_check(run, steps)
-    if engine.is_main:
-        _start_output(config)
-    engine.barrier()
-    train(run, engine, steps, state)
-    save_model(run.model, run.tokenizer, config.output_dir, engine)
-    engine.barrier()
+    facts = RunFacts(steps.world_size, run.model.config.get_text_config().hidden_size, num_steps)
+    with closing(start_engine(run.student, config, device, facts)) as engine:
+        identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
+        state = RunState(max_steps=num_steps, identity=identity)
+        if checkpoint is not None:
+            state = load_state(checkpoint, identity)
+            engine.load_state(checkpoint)
+            say(f"Resuming from {checkpoint} after step {state.global_step}")
+        _self_check(run, steps)
+        if engine.is_main:
+            _start_output(config)
+        engine.barrier()
+        train(run, engine, steps, state)
+        save_model(run.model, run.tokenizer, config.output_dir, engine)
+        engine.barrier()
     say(f"Trained {num_steps} steps; the student is in {config.output_dir}")
 
 
@@ -75,8 +80,9 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
     metrics = Metrics(config.output_dir, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
     sums.restore(state.pending)
+    taken = ExampleLog(config.output_dir, engine, resumed_step=state.global_step) if config.log_example_ids else None
     engine.train(True)
-    with Interruption() as interruption, metrics:
+    with Interruption(has_launcher=is_distributed()) as interruption, metrics:
         while state.global_step < num_steps:
             step = state.global_step
             num_targets = steps.num_targets(step)
@@ -91,12 +97,16 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
                 losses = engine.forward(batch)
                 _require_finite(losses["total"].item(), "loss", step, batch.ids, config)
                 engine.backward(losses["total"] / num_targets)
+                if taken is not None:
+                    taken.add(batch.ids)
                 sums.add(losses, tokens=int(batch.attention_mask.sum()), waited=waited)
             rate = learning_rate(step, num_steps=num_steps, config=config)
             gradient_norm = engine.update(rate)
             _require_finite(gradient_norm, "gradient norm", step, _ids(run, steps, step), config)
             sums.num_targets += num_targets
             state.global_step = step + 1
+            if taken is not None:
+                taken.log(state.global_step)
             state.epoch = state.global_step * steps.examples_per_step / len(run.source)
             is_last = state.global_step == num_steps
             if state.global_step % config.logging_steps == 0 or step == 0 or is_last:

@@ -24,9 +24,11 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "eval_cache", "max_steps", "num_train_epochs",
+    "student", "cache", "eval_cache", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "log_example_ids",
 }  # fmt: skip
-"""Settings that a resumed run may change; the cache is compared by its digest, the length by its steps."""
+"""Settings that a resumed run may change; the cache is compared by its digest, the length by its steps, and the sizes
+of batches by the examples of a step."""
 
 
 class TokenizedRows:
