@@ -43,7 +43,6 @@ SECTIONS: dict[str, str | set[str]] = {
             "use_gds"},
     "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
                        "output_file"},
-    "data_types": {"grad_accum_dtype"},
 }  # fmt: skip
 """Sections, with their keys or with the model of DeepSpeed's that knows them."""
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -114,6 +113,10 @@ def load_deepspeed_config(config: TrainConfig, facts: RunFacts) -> ResolvedDeepS
     _require_valid_values(resolved, name)
     _require_no_nvme(resolved, name)
     values = {key: value for key, value in known.items() if "." not in key} | resolved
+    if config.bf16 and not values.get("zero_optimization", {}).get("stage"):
+        # As in one process. DeepSpeed's bfloat16 optimizer without ZeRO doesn't show what it keeps of a parameter.
+        values |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+        notes = (*notes, "bf16 without ZeRO is torch's autocast, as in one process")
     return ResolvedDeepSpeed(name, values, autos, notes)
 
 

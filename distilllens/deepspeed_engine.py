@@ -42,6 +42,7 @@ class DeepSpeedEngine(Engine):
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" not in os.environ and not torch.distributed.is_initialized():
             # Alone, and without a port that another run could hold.
+            os.environ.setdefault("LOCAL_RANK", "0")
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
         self.rank = torch.distributed.get_rank()
