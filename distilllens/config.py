@@ -268,8 +268,6 @@ class TrainConfig(DatasetConfig):
     deepspeed: Path | None = None
     """DeepSpeed configuration: a JSON file, or one of zero1, zero2, zero3, zero2_offload and zero3_offload; zero2 with
     several ranks when not given."""
-    local_rank: int | None = None
-    """Set by the deepspeed launcher; the LOCAL_RANK variable wins."""
 
     @model_validator(mode="after")
     def _method_has_its_data(self) -> "TrainConfig":

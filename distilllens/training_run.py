@@ -22,7 +22,7 @@ from distilllens.vocabulary import effective_vocab_size, require_matching_tokeni
 from distilllens_cache import CachedExample, CacheReader
 
 RESUME_IGNORES = {
-    "output_dir", "overwrite", "resume_from_checkpoint", "local_rank", "logging_steps", "eval_steps", "save_steps",
+    "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
     "student", "cache", "eval_cache", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "log_example_ids",

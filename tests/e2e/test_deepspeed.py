@@ -90,7 +90,7 @@ def launch(folder: Path, runs: list[dict], *, world_size: int) -> subprocess.Com
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     command += [str(PROGRAM), str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
 
 
 def losses(run: Path) -> list[float]:
