@@ -145,7 +145,9 @@ class DeepSpeedEngine(Engine):
         """
         for flat in self._partitions():
             moments = {moment: torch.zeros_like(flat.data) for moment in MOMENTS}
-            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(0.0), **moments}
+            # torch's fused kernel wants the number of steps beside the weights.
+            place = flat.device if self._optimizer.optimizer.defaults["fused"] else None
+            self._optimizer.optimizer.state[flat] = {"step": torch.tensor(0.0, device=place), **moments}
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()
 

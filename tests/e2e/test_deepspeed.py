@@ -223,10 +223,10 @@ def test_a_signal_to_one_of_slurms_ranks_makes_all_of_them_save_and_exit_130(bas
         for rank in range(2)
     ]  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() and all(rank.poll() is None for rank in ranks):
+    while not (metrics.exists() and metrics.read_text()) and all(rank.poll() is None for rank in ranks):
         time.sleep(0.1)
     ranks[1].send_signal(signal.SIGTERM)
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    said = [rank.communicate(timeout=500)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [130, 130], said
     last = checkpoints(tmp_path / "run")[-1]
     assert last.name == f"checkpoint-{len(losses(tmp_path / 'run'))}"

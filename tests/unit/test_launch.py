@@ -1,9 +1,11 @@
 """A process's place among ranks is a function of its environment."""
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distilllens.cli import cli
 from distilllens.launch import first_host, rank_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
@@ -66,3 +68,7 @@ def test_the_first_host_of_a_list_is_found(name: str, number: int, more: str) ->
     assert first_host(f"{name}[{number:02}{inside.split(',x')[0]}],z") == f"{name}{number:02}"
     assert first_host(f"{name}{number}{',x' if more else ''}") == f"{name}{number}"
     assert first_host(f"r[{number}-9]n[4,5]-ib,z") == f"r{number}n4-ib"
+
+
+def test_what_the_deepspeed_launcher_writes_before_the_command_is_taken() -> None:
+    assert CliRunner().invoke(cli, ["--local_rank=1", "train", "--help"]).exit_code == 0
