@@ -25,7 +25,7 @@ from distilllens.metrics import read_metrics
 PROGRAM = Path(__file__).with_name("run_under_ranks.py")
 EXAMPLES_PER_STEP = 8
 SETTINGS = {
-    "max_steps": 4, "logging_steps": 1, "learning_rate": 2e-3, "max_grad_norm": 0.5, "save_steps": 2, "device": "cpu",
+    "max_steps": 4, "logging_steps": 1, "learning_rate": 2e-3, "max_grad_norm": 0.1, "save_steps": 2, "device": "cpu",
     "log_example_ids": True,
 }  # fmt: skip
 CPU = {"device": "cpu"}
