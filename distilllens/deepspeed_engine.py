@@ -25,7 +25,7 @@ from distilllens.optimizer_state import (
 )
 
 FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
-"""Where DeepSpeed's optimizers (ZeRO 1 and 2, ZeRO 3, bfloat16 without ZeRO) keep the float32 weights of a rank."""
+"""Where DeepSpeed's optimizers (ZeRO 1 and 2, ZeRO 3, ZeRO 1 in bfloat16) keep the float32 weights of a rank."""
 
 
 class DeepSpeedEngine(Engine):
@@ -42,8 +42,10 @@ class DeepSpeedEngine(Engine):
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" not in os.environ and not torch.distributed.is_initialized():
             # Alone, and without a port that another run could hold.
+            from torch._C._distributed_c10d import HashStore
+
             os.environ.setdefault("LOCAL_RANK", "0")
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
@@ -52,7 +54,8 @@ class DeepSpeedEngine(Engine):
         self._student = student
         # DeepSpeed's own CPU optimizer would have to be compiled; torch's fused one comes compiled.
         own = build_optimizer(student, config, fused=True if resolved.offloads_optimizer else None)
-        self._engine, optimizer, *_ = deepspeed.initialize(model=student, optimizer=own, config=resolved.values)
+        initialize: Any = deepspeed.initialize
+        self._engine, optimizer, *_ = initialize(model=student, optimizer=own, config=resolved.values)
         self._optimizer: Any = optimizer
         self._is_plain = optimizer is own
         self._steps = 0
@@ -115,11 +118,13 @@ class DeepSpeedEngine(Engine):
     def _gathered_tensors(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        of_moment: Any = safe_get_full_optimizer_state
+        of_weight: Any = safe_get_full_fp32_param
         for name, parameter in self._trainable():
             for moment in MOMENTS:
-                yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
+                yield f"{name}.{moment}", of_moment(parameter, moment)
             if parameter.dtype != torch.float32:
-                yield f"{name}.{WEIGHT}", safe_get_full_fp32_param(parameter)
+                yield f"{name}.{WEIGHT}", of_weight(parameter)
 
     def load_state(self, folder: Path) -> None:
         state = OptimizerState(folder)
