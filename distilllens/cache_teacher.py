@@ -16,6 +16,7 @@ from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
 from distilllens.free_space import folder_size, space_for
+from distilllens.launch import join_ranks
 from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
@@ -29,6 +30,7 @@ DOUBT = 3
 
 def run_cache_teacher(config: CacheTeacherConfig) -> Path:
     """Write, or finish, the cache that ``config`` describes; its folder."""
+    join_ranks()
     ranks = ranks_of_environment()
     if not config.dry_run:
         require_free(config.output_dir, ranks.seat)  # before a large teacher is loaded in vain

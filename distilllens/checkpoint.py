@@ -84,7 +84,8 @@ def save_checkpoint(
     folder = checkpoint_folder(run, state.global_step)
     unfinished = run / f"{folder.name}.tmp"
     if engine.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in run.glob("checkpoint-*.tmp"):  # by whoever was killed while saving or removing
+            shutil.rmtree(left, ignore_errors=True)
         unfinished.mkdir(parents=True)
     engine.barrier()
     with _explained(unfinished):
@@ -94,17 +95,25 @@ def save_checkpoint(
             _write_state(unfinished / STATE, state, config)
             _sync(unfinished)
     if engine.is_main:
-        if folder.exists():
-            shutil.rmtree(folder)
+        _remove(folder)
         unfinished.rename(folder)
         fsync_folder(run)
         keep = config.save_total_limit
         kept = {state.best.step and checkpoint_folder(run, state.best.step), last_good_checkpoint(run, state)}
         for old in checkpoints(run)[: -keep if keep else 0]:
             if old not in kept:
-                shutil.rmtree(old)
+                _remove(old)
     engine.barrier()
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if it is there; whoever is killed meanwhile leaves no part of it under its name."""
+    if folder.exists():
+        removed = folder.with_name(f"{folder.name}.old.tmp")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -224,3 +233,4 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+    fsync_folder(folder)

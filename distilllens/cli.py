@@ -28,6 +28,8 @@ INTERRUPTED = 130
 
 @click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="distilllens")
+# The deepspeed launcher writes this before the command; the variable LOCAL_RANK says the same.
+@click.option("--local_rank", "--local-rank", hidden=True, expose_value=False)
 def cli() -> None:
     """Distil a large language model into a small one, offline.
 

@@ -282,7 +282,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     bf16: bool = False
-    """Train in bfloat16 autocast; weights and optimizer stay in float32."""
+    """Train in bfloat16: autocast in one process, DeepSpeed's bf16 with several ranks. What the optimizer updates stays
+    in float32."""
     device: str = "auto"
     """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N."""
     attn_implementation: str = "sdpa"
@@ -293,10 +294,11 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""
     dry_run: bool = False
     """Check the config, print it resolved, and stop; nothing is opened."""
+    log_example_ids: bool = False
+    """Write the ids of each step's examples to examples.jsonl, to compare runs."""
     deepspeed: Path | None = None
-    """DeepSpeed configuration (JSON). With several ranks and no file, the shipped ZeRO-2 one is used."""
-    local_rank: int | None = None
-    """Set by the deepspeed launcher; the LOCAL_RANK variable wins."""
+    """DeepSpeed configuration: a JSON file, or one of zero1, zero2, zero3, zero2_offload and zero3_offload; zero2 with
+    several ranks when not given."""
 
     @model_validator(mode="after")
     def _method_has_its_data(self) -> "TrainConfig":

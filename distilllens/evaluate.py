@@ -144,7 +144,7 @@ def _sample_lens(config: EvaluateConfig, subject: Subject, model: PreTrainedMode
     if config.cache is None or len(config.model) > 1:
         return
     choices = {"pairs": config.pairs, "tail": config.tail, "allow_mismatch": config.allow_mismatch}
-    sample_model(model, subject.tokenizer, config.cache, folder.path, **choices)
+    sample_model(model, subject.tokenizer, config.cache_folder(config.cache), folder.path, **choices)
 
 
 def _references(subject: Subject, model: PreTrainedModel) -> ReferenceLoss | None:

@@ -6,10 +6,14 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, the first signal only sets ``asked``; a second one interrupts at once."""
+    """While entered, the first signal only sets ``asked``; a second one interrupts at once.
 
-    def __init__(self) -> None:
+    Under a launcher it doesn't: a terminal's Ctrl-C reaches each rank and the launcher, which passes it on once more.
+    """
+
+    def __init__(self, *, has_launcher: bool = False) -> None:
         self.asked = False
+        self._has_launcher = has_launcher
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -22,6 +26,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and not self._has_launcher:
             raise KeyboardInterrupt
         self.asked = True

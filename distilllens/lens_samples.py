@@ -20,7 +20,7 @@ from distilllens.lens import rows_at
 from distilllens.matching import Matching, match_student
 from distilllens.student import Objective, Pairs, Student
 from distilllens.tails import Tail
-from distilllens_cache import CachedExample, CacheReader
+from distilllens_cache import CachedExample, CacheFolder, CacheReader
 from distilllens_inspect.readings import read_layer, short
 
 FILE = "lens_samples.json"
@@ -74,7 +74,7 @@ def sample_lens(
 def sample_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
+    cache: Path | CacheFolder,
     folder: Path,
     *,
     pairs: str | None = None,

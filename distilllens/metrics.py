@@ -38,7 +38,7 @@ class Metrics:
             name = config.run_name or run.resolve().name
             tracked = TrackedRun(run, name, config.model_dump(mode="json"), resumed_step)
             self._trackers = Trackers(tracker_names(config.report_to), tracked)
-            _drop_after(run / FILE, resumed_step)
+            drop_after(run / FILE, resumed_step)
             self._file = (run / FILE).open("a", encoding="utf-8")
 
     def advance(self, step: int) -> None:
@@ -158,7 +158,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / FILE).read_text("utf-8").splitlines()]
 
 
-def _drop_after(file: Path, step: int) -> None:
+def drop_after(file: Path, step: int) -> None:
     """A resumed run repeats the steps after its checkpoint: their old lines go."""
     if not file.exists():
         return

@@ -56,8 +56,6 @@ def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., A
     if name in BARE:
         value, metavar = BARE[name]
         return click.option(flag, name, is_flag=False, flag_value=value, default=None, metavar=metavar, help=help_text)
-    if name == "local_rank":
-        return click.option(flag, _alias(flag), name, type=int, default=None, hidden=True)
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
     if choices:
@@ -76,11 +74,6 @@ def _option(name: str, field: FieldInfo, flag: str) -> Callable[[Callable[..., A
         metavar=metavars.get(kind, name.upper().rpartition("_")[-1]),
         help=help_text,
     )
-
-
-def _alias(flag: str) -> str:
-    """Launchers write flags with underscores."""
-    return "--" + flag[2:].replace("-", "_")
 
 
 def _joined(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from distilllens.by_layer import parse_by_layer
 from distilllens.config import CacheTeacherConfig
 from distilllens.data import Example, Examples, load_configured, with_rows_after
 from distilllens.device_map import require_device_map
-from distilllens.engine import choose_device
+from distilllens.launch import choose_device
 from distilllens.layer_maps import parse_layers
 from distilllens.lens import LogitLens, check_lens, num_layers
 from distilllens.models import config_digest, load_model, load_tokenizer

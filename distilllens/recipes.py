@@ -74,12 +74,16 @@ def check_recipe(folder: Path) -> None:
     assert isinstance(cache, CacheTeacherConfig)
     assert isinstance(train, TrainConfig)
     assert isinstance(evaluate, EvaluateConfig)
-    if train.cache != cache.output_dir:
-        raise ValueError(f"{folder}: train.yaml reads {train.cache} and cache.yaml writes {cache.output_dir}")
+    if train.cache != (str(cache.output_dir),):
+        raise ValueError(
+            f"{folder}: train.yaml reads {', '.join(train.cache)} and cache.yaml writes {cache.output_dir}"
+        )
     if str(train.output_dir) not in evaluate.model:
         raise ValueError(f"{folder}: evaluate.yaml measures {', '.join(evaluate.model)}, not {train.output_dir}")
     stored = cached_layers(cache.layers)
-    for student, teacher in parse_pairs(train.pairs) if train.pairs is not None and stored is not None else ():
+    if train.pairs is None or stored is None:
+        return
+    for student, teacher in parse_pairs(train.pairs):
         if teacher not in stored:
             listed = ", ".join(map(str, sorted(stored)))
             raise ValueError(f"{folder}: train.yaml pairs {student}:{teacher}, and cache.yaml keeps layers {listed}")

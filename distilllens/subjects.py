@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from distilllens import __version__
 from distilllens.config import EvaluateConfig
 from distilllens.data import ColumnNames, Examples, Prompt, Prompts, load_examples, prompt_and_references
-from distilllens.engine import is_distributed
+from distilllens.launch import is_distributed
 from distilllens.model_source import local_path
 from distilllens.models import load_tokenizer
 from distilllens.rouge import ROUGE_SETTINGS

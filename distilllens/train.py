@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,18 @@ from distilllens.checkpoint import (
 )
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
+from distilllens.deepspeed_config import RunFacts
 from distilllens.early_stopping import selection_of
-from distilllens.engine import Engine, choose_device, start_engine
+from distilllens.engine import Engine
+from distilllens.example_log import ExampleLog
 from distilllens.interruption import Interruption
+from distilllens.launch import choose_device, is_distributed, join_ranks, start_engine, world_size
 from distilllens.lens_schedule import lens_factor
 from distilllens.loss_watch import PATIENCE, running_median
 from distilllens.metrics import Metrics, RunningSums, history_entry
 from distilllens.mixed_batch import MixedBatch
 from distilllens.mixture import DataMixture, MixedReadAhead
-from distilllens.schedule import learning_rate, num_warmup_steps
+from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
 from distilllens.trackers import check_trackers
 from distilllens.training_run import TrainingRun, open_run
@@ -54,6 +58,7 @@ class DivergedError(ValueError):
 
 def run_train(config: TrainConfig) -> Path:
     """Train as ``config`` says; the folder of the final model."""
+    join_ranks()
     device = choose_device(config.device)
     check_trackers(tracker_names(config.report_to))
     _check_output(config)
@@ -66,30 +71,30 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
     """Train what was opened, from the start or on from ``checkpoint``, and save the student."""
     config = run.config
     validation = open_validation(run)
-    hidden_size = run.model.config.get_text_config().hidden_size
-    engine = start_engine(run.student, config, device, hidden_size=hidden_size)
     steps = Steps(
         run.source,
         seed=config.seed,
         examples_per_micro_batch=config.per_device_train_batch_size,
         micro_batches=config.gradient_accumulation_steps,
-        world_size=engine.world_size,
+        world_size=world_size(),
         positions_share=config.positions_share,
     )
     num_steps = config.max_steps if config.max_steps > 0 else steps.for_epochs(config.num_train_epochs)
-    identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
-    state = RunState(max_steps=num_steps, identity=identity)
-    if checkpoint is not None:
-        state = load_state(checkpoint, identity)
-        engine.load_state(checkpoint)
-        say(f"Resuming from {checkpoint} after step {state.global_step}")
-    with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
-        _self_check(run, examples, steps)
-        if engine.is_main:
-            _start_output(config)
-        engine.barrier()
-        train(run, engine, examples, steps, state, validation)
-    _save_student(run, engine, state)
+    facts = RunFacts(steps.world_size, run.model.config.get_text_config().hidden_size, num_steps)
+    with closing(start_engine(run.student, config, device, facts)) as engine:
+        identity = run.identity | {"steps": num_steps, "examples_per_step": steps.examples_per_step}
+        state = RunState(max_steps=num_steps, identity=identity)
+        if checkpoint is not None:
+            state = load_state(checkpoint, identity)
+            engine.load_state(checkpoint)
+            say(f"Resuming from {checkpoint} after step {state.global_step}")
+        with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
+            _self_check(run, examples, steps)
+            if engine.is_main:
+                _start_output(config)
+            engine.barrier()
+            train(run, engine, examples, steps, state, validation)
+        _save_student(run, engine, state)
 
 
 def train(
@@ -102,13 +107,14 @@ def train(
 ) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
     config, num_steps = run.config, state.max_steps
-    warmup, selection = num_warmup_steps(num_steps, config), selection_of(config)
+    warmup, selection = warmup_steps(config, num_steps=num_steps), selection_of(config)
     metrics = Metrics(config, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
     sums.restore(state.pending)
+    taken = ExampleLog(config.output_dir, engine, resumed_step=state.global_step) if config.log_example_ids else None
     is_over = state.global_step == num_steps or (selection is not None and selection.is_over(state.best))
     engine.train(True)
-    with Interruption() as interruption, metrics:
+    with Interruption(has_launcher=is_distributed()) as interruption, metrics:
         while not is_over:
             step, began, loss_sum = state.global_step, time.perf_counter(), 0.0
             num_targets = steps.num_targets(step)
@@ -124,12 +130,16 @@ def train(
                 loss_sum += losses["total"].item()
                 _require_finite(loss_sum, "loss", batch.ids, state, config)
                 engine.backward(losses["total"] / num_targets)
+                if taken is not None:
+                    taken.add(batch.ids)
                 sums.add(losses, tokens=int(batch.attention_mask.sum()), waited=waited)
             rate = learning_rate(step, num_steps=num_steps, config=config)
             gradient_norm = engine.update(rate)
             _require_finite(gradient_norm, "gradient norm", _ids(run, steps, step), state, config)
             sums.add_step(num_targets=num_targets, seconds=time.perf_counter() - began)
             state.global_step = step + 1
+            if taken is not None:
+                taken.log(state.global_step)
             state.epoch = state.global_step * steps.examples_per_step / len(run.source)
             metrics.advance(state.global_step)
             is_over, is_best = state.global_step == num_steps, False

@@ -27,7 +27,7 @@ from distilllens.collate import Batch
 from distilllens.config import CacheTeacherConfig, TrainConfig
 from distilllens.data import load_examples
 from distilllens.divergence import forward_kl, jensen_shannon
-from distilllens.engine import choose_device
+from distilllens.launch import choose_device
 from distilllens.lens import LogitLens, rows_at
 from distilllens.models import load_model
 from distilllens.student import Pairs, Student

@@ -1,0 +1,100 @@
+"""How a process finds its place among ranks (torchrun, deepspeed, SLURM, or alone), its device and its engine."""
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from distilllens.config import TrainConfig
+from distilllens.deepspeed_config import RunFacts
+from distilllens.deepspeed_engine import DeepSpeedEngine
+from distilllens.engine import Engine
+from distilllens.models import pick_device
+from distilllens.torch_engine import TorchEngine
+
+FIRST_PORT, PORTS = 20000, 10000
+"""Ports for jobs of SLURM, one by a job's number."""
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of ``environment`` that say which rank this process is, in the names that torch reads.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: what torchrun and deepspeed set, else what follows from
+    srun's variables, else nothing, for a process alone. Raises ValueError where they contradict each other.
+    """
+    found = _from_launcher(environment) or _from_slurm(environment)
+    if not found:
+        return {}
+    ranks = {name: int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if found[name].isdecimal()}
+    if len(ranks) < 3 or not 0 <= ranks["RANK"] < ranks["WORLD_SIZE"] or not found["MASTER_PORT"].isdecimal():
+        said = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise ValueError(f"the launcher's variables make no sense together: {said}. Start with torchrun or srun")
+    return found
+
+
+def _from_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return {}
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in environment]:
+        given = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
+        raise ValueError(f"{given} is set and {', '.join(missing)} is not: start with torchrun, deepspeed or srun")
+    return {"LOCAL_RANK": "0", **{name: environment[name] for name in (*names, "LOCAL_RANK") if name in environment}}
+
+
+def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    # The script of sbatch, outside srun, is one process of a job that has several tasks.
+    is_script = "SLURM_STEP_ID" not in environment and "SLURM_SUBMIT_DIR" in environment
+    if tasks == "1" or is_script or "SLURM_PROCID" not in environment:
+        return {}
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    hosts = next((environment[name] for name in names if environment.get(name)), "")
+    port = FIRST_PORT + int(environment.get("SLURM_JOB_ID", "0")) % PORTS
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def first_host(hosts: str) -> str:
+    """The first of SLURM's hosts: ``gpu03`` of ``gpu[03-05,7],login1``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "") or "localhost"
+
+
+def join_ranks() -> None:
+    """Take this process's place among the ranks; before anything asks for it."""
+    os.environ.update(rank_environment(os.environ))
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_distributed() -> bool:
+    """Whether a launcher (torchrun, deepspeed, srun) started this process as one of several ranks."""
+    return world_size() > 1
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank: the one asked for, and under a launcher the CUDA device of the local rank."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None:
+        # A launcher may show each rank its own device only.
+        device = pick_device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def start_engine(student: nn.Module, config: TrainConfig, device: torch.device, facts: RunFacts) -> Engine:
+    """Plain torch for one process; DeepSpeed for several, or where a DeepSpeed file is given."""
+    if is_distributed() or config.deepspeed is not None:
+        return DeepSpeedEngine(student, config, device, facts)
+    return TorchEngine(student, config, device)
