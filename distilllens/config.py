@@ -242,6 +242,9 @@ class TrainConfig(DatasetConfig):
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are clipped to this norm."""
+    packing: bool = False
+    """Put several examples of a micro-batch into one row, each with its own positions and attention: less padding, the
+    same examples in each step, the same loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     bf16: bool = False

@@ -19,6 +19,7 @@ from distilllens.engine import Engine, choose_device, start_engine
 from distilllens.interruption import Interruption
 from distilllens.lens_rows import choose_lens_rows
 from distilllens.metrics import Metrics, RunningSums
+from distilllens.packing import pack, wants_one_row
 from distilllens.schedule import learning_rate
 from distilllens.self_check import check_objective
 from distilllens.teacher_forced import averages
@@ -83,8 +84,11 @@ def train(run: TrainingRun, engine: Engine, steps: Steps, state: RunState) -> No
             for number in range(steps.micro_batches):
                 started = time.perf_counter()
                 examples = [run.source[index] for index in steps.micro_batch(step, number, engine.rank)]
+                packs = None
+                if config.packing:
+                    examples, packs = pack(examples, in_one_row=wants_one_row(run.model))
                 rows = choose_lens_rows(examples, lens_layers, share=config.lens_rows, seed=config.seed, step=step)
-                batch = collate(examples, run.tails, lens_rows=rows).to(engine.device)
+                batch = collate(examples, run.tails, lens_rows=rows, packs=packs).to(engine.device)
                 waited = time.perf_counter() - started
                 # Dropout is a function of the place in the run, so a resumed run has no generator to restore.
                 torch.manual_seed(_seed(config.seed, step, number, engine.rank))

@@ -15,6 +15,7 @@ from distilllens.data import Example, load_configured
 from distilllens.lens import LogitLens, check_lens
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.models import load_model, load_tokenizer
+from distilllens.packing import check_packing
 from distilllens.self_check import check_alignment
 from distilllens.student import Objective, Pairs, Student
 from distilllens.tails import Tail
@@ -96,6 +97,8 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     examples, lens, objective, tails, resolved = open_source(config, model, tokenizer)
     asked = {name: value for name, value in config.model_dump(mode="json").items() if name not in RESUME_IGNORES}
     identity = asked | resolved
+    if config.packing:
+        check_packing(model, lens)
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
     student = Student(model, lens, objective, chunk_rows=config.loss_chunk_rows)
