@@ -61,7 +61,7 @@ def add_adapter(
         r=config.lora_r,
         lora_alpha=cast(int, config.lora_alpha),
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else targets and list(targets),
+        target_modules="all-linear" if targets == ("all-linear",) else None if targets is None else list(targets),
     )
     # The same first weights on every rank.
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Examples as tensors: padded on the right, each target beside the token after its position.
+"""Examples as tensors: one or several in a row, padded on the right, each target beside the token after its position.
 
 Dimension key: B batch, T tokens, N target positions of the batch.
 """
@@ -19,7 +19,7 @@ from distilllens_cache import CachedExample
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right to their longest, with the targets of all of them, example after example."""
+    """Rows of examples padded on the right to the longest, with the targets of all of them, example after example."""
 
     ids: tuple[str, ...]
     input_ids: Int[Tensor, "B T"]
@@ -33,6 +33,8 @@ class Batch:
     """Target positions of each example."""
     lens_rows: LensRows = ALL_ROWS
     """Which of the N rows the lens losses read."""
+    position_ids: Int[Tensor, "B T"] | None = None
+    """Of packed rows: they start anew with each example, and with the padding."""
 
     @property
     def final_layer(self) -> int:
@@ -66,22 +68,40 @@ class Batch:
             targets={layer: targets.to(device) for layer, targets in self.targets.items()},
             tails={layer: tail.to(device) for layer, tail in self.tails.items()},
             lens_rows=self.lens_rows.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
         )
 
 
-def collate(examples: Sequence[CachedExample], tails: dict[int, Tail], *, lens_rows: LensRows = ALL_ROWS) -> Batch:
+def collate(
+    examples: Sequence[CachedExample],
+    tails: dict[int, Tail],
+    *,
+    lens_rows: LensRows = ALL_ROWS,
+    packs: Sequence[range] | None = None,
+) -> Batch:
     """One batch from some examples, with their targets at the layers of ``tails``.
 
+    Each example has a row of its own, or ``packs`` say which of them share one, as `packing.pack` gives them.
     Padding is masked by length, never by id.
     """
-    width = max(len(example.token_ids) for example in examples)
-    input_ids = np.zeros((len(examples), width), dtype=np.int64)
-    attention_mask = np.zeros((len(examples), width), dtype=np.int64)
-    is_target = np.zeros((len(examples), width), dtype=bool)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.token_ids)] = example.token_ids
-        attention_mask[row, : len(example.token_ids)] = 1
-        is_target[row, example.target_positions] = True
+    rows = [range(number, number + 1) for number in range(len(examples))] if packs is None else packs
+    lengths = [[len(examples[member].token_ids) for member in row] for row in rows]
+    width = max(map(sum, lengths))
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    attention_mask = np.zeros((len(rows), width), dtype=np.int64)
+    is_target = np.zeros((len(rows), width), dtype=bool)
+    position_ids = np.zeros((len(rows), width), dtype=np.int64)
+    for number, members in enumerate(rows):
+        start = 0
+        for member in members:
+            example = examples[member]
+            stop = start + len(example.token_ids)
+            input_ids[number, start:stop] = example.token_ids
+            is_target[number, start + example.target_positions.astype(np.int64)] = True
+            position_ids[number, start:stop] = np.arange(stop - start)
+            start = stop
+        attention_mask[number, :start] = 1
+        position_ids[number, start:] = np.arange(width - start)
     next_ids = np.concatenate([example.token_ids[example.target_positions + 1] for example in examples])
     return Batch(
         ids=tuple(example.id for example in examples),
@@ -93,4 +113,5 @@ def collate(examples: Sequence[CachedExample], tails: dict[int, Tail], *, lens_r
         tails=tails,
         num_targets=tuple(len(example.target_positions) for example in examples),
         lens_rows=lens_rows,
+        position_ids=None if packs is None else torch.from_numpy(position_ids),
     )

@@ -169,6 +169,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
             raise ValueError("--append adds to the cache that --overwrite deletes: give one of them")
         if self.repair and self.overwrite:
             raise ValueError("--repair keeps the cache that is there, --overwrite removes it: give one of them")
+        if self.repair and self.append is not None:
+            raise ValueError("--append adds to a sound cache: give --repair first, without it")
         return self
 
     @property
@@ -279,6 +281,9 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are clipped to this norm."""
+    packing: bool = False
+    """Put several examples of a micro-batch into one row, each with its own positions and attention: less padding, the
+    same examples in each step, the same loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     bf16: bool = False
@@ -308,6 +313,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
             raise ValueError("--method sft needs rows to fine-tune on: give one of --dataset and --cache")
         if self.method != "sft" and self.dataset is not None:
             raise ValueError("--dataset is for --method sft; a cache already holds its tokens: drop --dataset")
+        if self.lora_merge and self.load_best_model_at_end:
+            raise ValueError("--lora-merge merges the last student, --load-best-model-at-end keeps the best: drop one")
         return self
 
     @model_validator(mode="after")

@@ -51,15 +51,25 @@ class LogitLens(nn.Module):
         self._scale = _logit_scale(config)
 
     def hidden_states(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, layers: Iterable[int]
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None,
+        layers: Iterable[int],
+        *,
+        position_ids: Int[Tensor, "B T"] | None = None,
     ) -> dict[int, Float[Tensor, "B T D"]]:
-        """Outputs of the blocks ``layers`` (1..N); the last one's is already normed, as transformers returns it."""
+        """Outputs of the blocks ``layers`` (1..N); the last one's is already normed, as transformers returns it.
+
+        With ``position_ids`` each sequence of a packed row starts where they start anew, and sees itself alone. Padding
+        is then one more sequence: transformers looks for them only where there is no ``attention_mask``.
+        """
         decoder, _ = self._modules_of_model
         wanted = tuple(layers)
         inner = any(layer < self.num_layers for layer in wanted)
         output = decoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if position_ids is None else None,
+            position_ids=position_ids,
             use_cache=False,
             output_hidden_states=inner,
             return_dict=True,

@@ -20,6 +20,7 @@ from distilllens.positions import num_taken
 from distilllens.tails import Tail
 from distilllens_cache import CachedExample
 
+NOWHERE = np.zeros(0, dtype=np.uint32)
 Mix = Literal["data", "losses", "probabilities"]
 """data: each example has one teacher. losses: each has all, and a loss for each. probabilities: one loss from their
 mixture."""
@@ -113,22 +114,30 @@ def collate_mixed(
     teachings: Teachings,
     *,
     lens_rows: Callable[[Sequence[CachedExample]], LensRows],
+    packs: Sequence[range] | None = None,
 ) -> MixedBatch:
-    """One batch from examples of several caches; ``lens_rows`` chooses the rows that lens layers read of examples."""
-    whole = collate(examples, {})
+    """One batch from examples of several caches; ``lens_rows`` chooses the rows that lens layers read of examples.
+
+    ``packs`` as for `collate`.
+    """
+    whole = collate(examples, {}, packs=packs)
     views = []
     for number, teaching in enumerate(teachings.each):
         mine = [row for row, example in enumerate(examples) if number in example.by_source]
         if not mine:
             continue
         own = [replace(examples[row], targets=examples[row].by_source[number]) for row in mine]
-        is_mine = torch.zeros(len(examples), 1, dtype=torch.bool)
-        is_mine[mine] = True
+        # The whole batch, in which the others have no target.
+        others = {
+            row: replace(examples[row], target_positions=NOWHERE) for row in range(len(examples)) if row not in mine
+        }
+        is_target = collate([others.get(row, one) for row, one in enumerate(examples)], {}, packs=packs).is_target
         batch = replace(
             collate(own, teaching.tails, lens_rows=lens_rows(own)),
             input_ids=whole.input_ids,
             attention_mask=whole.attention_mask,
-            is_target=whole.is_target & is_mine,
+            position_ids=whole.position_ids,
+            is_target=is_target,
         )
         views.append(View(teaching, batch))
     return MixedBatch(**{f.name: getattr(whole, f.name) for f in fields(Batch)}, views=tuple(views), mix=teachings.mix)

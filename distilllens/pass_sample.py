@@ -89,15 +89,17 @@ def run_sample(plan: Plan) -> Sample:
 def measure_sample(plan: Plan, sample: Sequence[Example]) -> Sample:
     """What these examples take, through teacher and codec, in a folder that is gone afterwards."""
     budget = plan.config.batch_tokens
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "sample"
-        writer = CacheWriter(
-            folder,
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        CacheWriter(
+            Path(scratch) / "sample",
             identity=plan.identity,
             examples=planned(sample),
             tokenizer_files=plan.tokenizer_files,
             shards=[range(len(sample))],
-        )
+        ) as writer,
+    ):
+        folder = writer.folder
         clock = _Clock(plan)
         plan.teacher.forward(sample[:1], batch_tokens=budget)  # warm
         collected = [0.0]

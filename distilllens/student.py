@@ -61,7 +61,10 @@ class Student(nn.Module):
         pairs = measured_pairs if measures else self.objective.lens_pairs
         final_layer = self.lens.num_layers
         hidden = self.lens.hidden_states(
-            batch.input_ids, batch.attention_mask, sorted({final_layer, *(student for student, _ in pairs)})
+            batch.input_ids,
+            batch.attention_mask,
+            sorted({final_layer, *(student for student, _ in pairs)}),
+            position_ids=batch.position_ids,
         )
         if measures:
             rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}

@@ -25,6 +25,7 @@ from distilllens.mixture import DataMixture, MixedExample
 from distilllens.model_source import source_kind
 from distilllens.models import load_model, load_tokenizer
 from distilllens.objective import Gate, Objective, Positions
+from distilllens.packing import check_packing, pack, wants_one_row
 from distilllens.self_check import check_alignment
 from distilllens.several_caches import check_layers, match_each, open_caches
 from distilllens.student import Student
@@ -104,14 +105,16 @@ class TrainingRun:
 
     def batch(self, examples: Sequence[CachedExample], step: int) -> Batch:
         """The batch of some of a step's examples."""
-        config, layers = self.config, self.student.objective.lens_layers
+        config, layers, packs = self.config, self.student.objective.lens_layers, None
+        if config.packing:
+            examples, packs = pack(examples, in_one_row=wants_one_row(self.model))
 
         def lens_rows(some: Sequence[CachedExample]) -> LensRows:
             return choose_lens_rows(some, layers, share=config.lens_rows, seed=config.seed, step=step)
 
         if self.teachings is None:
-            return collate(examples, self.tails, lens_rows=lens_rows(examples))
-        return collate_mixed(cast(Sequence[MixedExample], examples), self.teachings, lens_rows=lens_rows)
+            return collate(examples, self.tails, lens_rows=lens_rows(examples), packs=packs)
+        return collate_mixed(cast(Sequence[MixedExample], examples), self.teachings, lens_rows=lens_rows, packs=packs)
 
     @property
     def saved(self) -> Saved:
@@ -142,6 +145,8 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     identity = asked | opened.identity
     if adapter is not None:
         identity["lora_base"] = adapter.base_digest
+    if config.packing:
+        check_packing(model, opened.lens)
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
     student = Student(model, opened.lens, opened.objective, chunk_rows=config.loss_chunk_rows)

@@ -96,12 +96,8 @@ class Material:
 
     def write(self, folder: Path, *, order: random.Random | None = None, overwrite: bool = False) -> None:
         """Write what ``folder`` lacks, or all of it: shards in the order of the plan or a random one."""
-        writer = self.writer(folder, overwrite=overwrite)
-        try:
+        with self.writer(folder, overwrite=overwrite) as writer:
             self._finish(writer, order)
-        finally:
-            # A writer that keeps others out lets them in again, also after an error.
-            getattr(writer, "close", lambda: None)()
 
     def _finish(self, writer: CacheWriter, order: random.Random | None) -> None:
         for layer in writer.missing_sketches():

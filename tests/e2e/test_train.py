@@ -108,6 +108,17 @@ def test_training_from_a_lossless_cache_gives_the_curve_of_the_teacher_in_memory
         assert [line["train/loss"] for line in cached] == pytest.approx(live, abs=1e-5)
 
 
+@pytest.mark.parametrize("lens_rows", [1.0, 0.5])
+def test_packing_changes_neither_examples_nor_losses(student, make_cache, tmp_path, lens_rows: float) -> None:
+    cache = make_cache()
+    padded, packed = (
+        train(student, cache, tmp_path / str(packing), packing=packing, lens_rows=lens_rows)
+        for packing in (False, True)
+    )
+    for name in ("train/loss", "train/task", "train/lens/2:2", "train/grad_norm"):
+        assert [line[name] for line in packed] == pytest.approx([line[name] for line in padded], rel=1e-5)
+
+
 def live_curve(student: Path, teacher: Path, cache: Path, steps: int, run: Path) -> list[float]:
     from distilllens.batches import Steps
 
