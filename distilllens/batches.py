@@ -27,13 +27,16 @@ class Steps:
     world_size: int = 1
     positions_share: float = 1.0
     """Share of each example's target positions that is trained on."""
+    group_by_length: bool = False
+    """Whether a step's examples are of like length."""
 
     @cached_property
     def order(self) -> Order | MixedOrder:
         """The order of the run's examples."""
         if isinstance(self.source, DataMixture):
             return self.source.order(self.seed)
-        return Order(self.source.shard_of, seed=self.seed)
+        lengths = self.source.num_tokens if self.group_by_length else None
+        return Order(self.source.shard_of, seed=self.seed, lengths=lengths, group_size=self.examples_per_step)
 
     def read_ahead(self, *, stop: int | None = None) -> ReadAhead | MixedReadAhead:
         """The run's examples by place; the run ends at place ``stop``, if it does."""

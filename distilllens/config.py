@@ -259,6 +259,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are clipped to this norm."""
+    group_by_length: bool = False
+    """Make steps of examples of like length, and micro-batches still more so: less padding, another order."""
     packing: bool = False
     """Put several examples of a micro-batch into one row, each with its own positions and attention: less padding, the
     same examples in each step, the same loss."""
@@ -291,6 +293,8 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
             raise ValueError("--method sft needs rows to fine-tune on: give one of --dataset and --cache")
         if self.method != "sft" and self.dataset is not None:
             raise ValueError("--dataset is for --method sft; a cache already holds its tokens: drop --dataset")
+        if self.group_by_length and len(self.cache) > 1:
+            raise ValueError("--group-by-length is for one cache: several are drawn by their weights alone")
         if self.lora_merge and self.load_best_model_at_end:
             raise ValueError("--lora-merge merges the last student, --load-best-model-at-end keeps the best: drop one")
         return self

@@ -11,6 +11,8 @@ from distilllens_cache.read_ahead import Shard
 class ExampleSource(Protocol):
     """Anything that a run can train on: a cache's reader, or a tokenized dataset."""
 
+    num_tokens: np.ndarray
+    """Tokens of each example."""
     num_targets: np.ndarray
     """Target positions of each example."""
     shard_of: np.ndarray

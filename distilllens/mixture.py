@@ -110,7 +110,8 @@ class SameExamples:
         """``places``: for each source after the first, where it holds each of the first's examples."""
         self.first, *self.others = sources
         self.places = tuple(places)
-        self.num_targets, self.shard_of = self.first.num_targets, self.first.shard_of
+        self.num_tokens, self.num_targets = self.first.num_tokens, self.first.num_targets
+        self.shard_of = self.first.shard_of
         self._firsts = [np.searchsorted(other.shard_of, np.arange(other.shard_of[-1] + 1)) for other in self.others]
 
     def __len__(self) -> int:

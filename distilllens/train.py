@@ -78,6 +78,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         micro_batches=config.gradient_accumulation_steps,
         world_size=world_size(),
         positions_share=config.positions_share,
+        group_by_length=config.group_by_length,
     )
     num_steps = config.max_steps if config.max_steps > 0 else steps.for_epochs(config.num_train_epochs)
     facts = RunFacts(steps.world_size, run.model.config.get_text_config().hidden_size, num_steps)

@@ -50,6 +50,7 @@ class TokenizedRows:
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
+        self.num_tokens = np.array([example.num_tokens for example in examples])
         self.num_targets = np.array([example.num_targets for example in examples])
         self.shard_of = np.zeros(len(examples), dtype=np.int64)
 

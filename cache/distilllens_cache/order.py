@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 WINDOW_SHARDS = 4
 """Examples are shuffled among this many shards at a time, so that a reader holds few of them in memory."""
+SPAN_GROUPS = 16
+"""Groups of examples of like length are made from this many groups' worth of examples at a time."""
 _EPOCHS_KEPT = 2
 
 
@@ -31,11 +33,19 @@ class Order:
 
     The run counts examples from 0: place p of the run is place ``p % N`` of epoch ``p // N``. An epoch takes the
     shards in a shuffled order, a window of `WINDOW_SHARDS` at a time, and the examples of a window in a shuffled order.
+    With ``lengths``, examples of like length then come together in groups, and the groups in a shuffled order.
     """
 
-    def __init__(self, shard_of: NDArray[np.int64], *, seed: int) -> None:
-        """``shard_of``: (N,) the shard of each example, 0, 1, … ascending."""
+    def __init__(
+        self, shard_of: NDArray[np.int64], *, seed: int, lengths: NDArray[np.int64] | None = None, group_size: int = 1
+    ) -> None:
+        """``shard_of``: (N,) the shard of each example, 0, 1, … ascending.
+
+        ``lengths``: (N,) lengths of the examples. Groups of ``group_size`` begin where steps of so many examples do.
+        """
         self.seed = seed
+        self._lengths = lengths
+        self._group_size = group_size
         self.num_examples = len(shard_of)
         self.bounds: tuple[int, ...] = (0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(shard_of))
         """Shard s holds the examples ``bounds[s]`` to ``bounds[s + 1] - 1``."""
@@ -64,8 +74,31 @@ class Order:
         shards = random.permutation(len(self.bounds) - 1)
         windows = [shards[start : start + WINDOW_SHARDS] for start in range(0, len(shards), WINDOW_SHARDS)]
         members = [np.concatenate([np.arange(*self.bounds[s : s + 2]) for s in window]) for window in windows]
+        starts = np.cumsum([0, *map(len, members)])
+        shuffled = [random.permutation(window) for window in members]
+        if self._lengths is not None:
+            first = number * self.num_examples
+            shuffled = [
+                self._grouped(window, first + int(start), random)
+                for window, start in zip(shuffled, starts, strict=False)
+            ]
         return EpochOrder(
             shards=tuple(tuple(window.tolist()) for window in windows),
-            starts=np.cumsum([0, *map(len, members)]),
-            indices=np.concatenate([random.permutation(window) for window in members]),
+            starts=starts,
+            indices=np.concatenate(shuffled),
         )
+
+    def _grouped(self, window: NDArray[np.int64], place: int, random: np.random.Generator) -> NDArray[np.int64]:
+        """A window that begins at ``place`` of the run, in groups of like length, the longest first in each."""
+        size, head = self._group_size, min(-place % self._group_size, len(window))
+        parts = [self._longest_first(window[:head])]
+        for start in range(head, len(window), size * SPAN_GROUPS):
+            span = self._longest_first(window[start : start + size * SPAN_GROUPS])
+            whole = len(span) // size
+            parts += [span[n * size : (n + 1) * size] for n in random.permutation(whole)]
+            parts.append(span[whole * size :])
+        return np.concatenate(parts)
+
+    def _longest_first(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert self._lengths is not None
+        return indices[np.argsort(-self._lengths[indices], kind="stable")]

@@ -28,6 +28,7 @@ class Blanked:
     def __init__(self, source: Any) -> None:
         self._source = source
         self.shard_of = source.shard_of
+        self.num_tokens = source.num_tokens
         self.num_targets = np.where(np.arange(len(source)) % 3, 0, source.num_targets)
 
     def __len__(self) -> int:

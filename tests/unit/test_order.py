@@ -57,6 +57,35 @@ def test_a_run_is_its_epochs_after_one_another(size: int, seed: int, first: int,
     assert order.indices(first, first + length) == whole[first : first + length]
 
 
+@given(sizes, seeds, epochs, st.integers(1, 9))
+def test_groups_of_like_length_hold_the_examples_of_each_window_and_begin_where_steps_do(
+    size: int, seed: int, epoch: int, group: int
+) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 500, size)
+    plain = Order(shards(size), seed=seed).epoch(epoch)
+    grouped = Order(shards(size), seed=seed, lengths=lengths, group_size=group).epoch(epoch)
+    assert grouped.shards == plain.shards
+    for start, stop in zip(grouped.starts, grouped.starts[1:], strict=False):
+        assert sorted(grouped.indices[start:stop]) == sorted(plain.indices[start:stop])
+        places = np.arange(start, stop) + epoch * size
+        for step in np.unique(places // group):
+            inside = grouped.indices[start:stop][places // group == step]
+            assert (np.diff(lengths[inside]) <= 0).all()
+
+
+def test_groups_of_like_length_pad_little_and_come_in_a_shuffled_order() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 512)
+
+    def padded(order: Order) -> int:
+        return int((lengths[order.epoch(0).indices].reshape(-1, 8).max(1) * 8).sum())
+
+    plain, grouped = Order(shards(512, 64), seed=1), Order(shards(512, 64), seed=1, lengths=lengths, group_size=8)
+    assert padded(plain) > 1.6 * lengths.sum()
+    assert padded(grouped) < 1.1 * lengths.sum()
+    longest = lengths[grouped.epoch(0).indices].reshape(-1, 8).max(1)
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.5
+
+
 @pytest.mark.parametrize(("num_shards", "per_shard", "batch"), [(64, 32, 16), (16, 128, 32)])
 def test_batches_are_as_even_as_a_full_shuffle_makes_them_where_shards_are_alike(
     num_shards: int, per_shard: int, batch: int
