@@ -25,7 +25,7 @@ from distilllens_cache.atomic import fsync_folder
 STATE = "trainer_state.json"
 OURS = "distilllens"
 """Where our part of ``trainer_state.json`` is: in ``stateful_callbacks``, the place that transformers has for it."""
-NOT_OF_THE_MODEL = (STATE, "optimizer.pt", "deepspeed", "zero_to_fp32.py")
+NOT_OF_THE_MODEL = (STATE, "optimizer-*.safetensors")
 """What a checkpoint holds besides the student."""
 OUR_STATE = ("best", "loss_watch", "pending", "identity")
 """What transformers has no field for."""

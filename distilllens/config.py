@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from distilllens.device_map import parse_device_map
+from distilllens.generate_config import GenerateConfig
 from distilllens.layer_maps import SHARES_TOLERANCE
 from distilllens.locations import LocalOutput, Location, Locations, SpoolConfig
 from distilllens.lora_config import LoraConfig
@@ -102,7 +103,7 @@ class ModelConfig(RunConfig):
     """Attention kernel, by its name in transformers: eager, sdpa, flash_attention_2, ..."""
 
 
-class CacheTeacherConfig(DatasetConfig, ModelConfig):
+class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
     """One pass of a teacher over a dataset."""
 
     OTHER_NAMES: ClassVar[dict[str, str]] = {"max_k": "top_k"}
@@ -170,6 +171,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig):
             raise ValueError("--append adds to the cache that --overwrite deletes: give one of them")
         if self.repair and self.overwrite:
             raise ValueError("--repair keeps the cache that is there, --overwrite removes it: give one of them")
+        if self.generate and self.append is not None:
+            raise ValueError("--append adds rows of a dataset, --generate writes their responses: drop one of them")
         if self.repair and self.append is not None:
             raise ValueError("--append adds to a sound cache: give --repair first, without it")
         return self

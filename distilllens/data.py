@@ -248,6 +248,20 @@ def with_rows_after(first: Examples, more: Examples) -> Examples:
     )
 
 
+def load_prompts(config: DatasetConfig, dataset: str, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """``prompt_and_references`` of ``dataset`` with the template, columns and limits of a run."""
+    return prompt_and_references(
+        dataset,
+        tokenizer,
+        template=config.template,
+        columns=ColumnNames(**config.columns()),
+        max_prompt_length=config.max_prompt_length,
+        limit=config.limit,
+        split=config.split,
+        revision=config.dataset_revision,
+    )
+
+
 def prompt_and_references(
     dataset: str,
     tokenizer: PreTrainedTokenizerBase,

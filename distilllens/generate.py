@@ -52,8 +52,13 @@ class Generation:
     """Decoded new tokens, special ones skipped."""
     token_ids: tuple[int, ...]
     """New tokens up to the end token, which is not among them."""
-    ended: bool
-    """The model ended the text itself, before ``max_new_tokens``."""
+    end_id: int | None
+    """The end token, where the model ended the text itself, before ``max_new_tokens``."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended the text itself."""
+        return self.end_id is not None
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -207,4 +212,4 @@ def _ending(new_ids: list[int], ends: frozenset[int], tokenizer: PreTrainedToken
     kept = new_ids[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True)
     assert isinstance(text, str)
-    return Generation(text=text, token_ids=tuple(kept), ended=end is not None)
+    return Generation(text=text, token_ids=tuple(kept), end_id=None if end is None else new_ids[end])

@@ -9,8 +9,9 @@ import transformers
 
 from distilllens.by_layer import parse_by_layer
 from distilllens.config import CacheTeacherConfig
-from distilllens.data import Example, Examples, load_configured, with_rows_after
+from distilllens.data import Example, Examples, load_configured, load_prompts, with_rows_after
 from distilllens.device_map import require_device_map
+from distilllens.generated_rows import generated_examples
 from distilllens.launch import choose_device
 from distilllens.layer_maps import parse_layers
 from distilllens.lens import LogitLens, check_lens, num_layers
@@ -58,9 +59,11 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     tokenizer = load_tokenizer(source, revision=None if config.tokenizer else config.revision)
     template = resolve_template(config.template, tokenizer)
     # Rows before weights: a mistake in the dataset should not cost the loading of a large teacher.
-    examples = load_configured(config, config.dataset, tokenizer)
+    prompts = load_prompts(config, config.dataset, tokenizer) if config.generate else None
+    examples = None if config.generate else load_configured(config, config.dataset, tokenizer)
     for dataset in config.appended:
         more = load_configured(config.model_copy(update={"limit": None}), dataset, tokenizer)
+        assert examples is not None
         examples = with_rows_after(examples, more)
     model = load_model(
         config.teacher,
@@ -72,18 +75,24 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     )
     require_matching_tokenizer(model, tokenizer, source)
     vocab_size = effective_vocab_size(model, tokenizer)
+    teacher_digest = weights_digest(config.teacher, revision=config.revision)
     layers = parse_layers(config.layers, num_layers(model))
     widths = parse_widths(config, layers, vocab_size)
     lens = LogitLens(model, lens_norm=config.lens_norm, vocab_size=vocab_size)
     check_lens(model, lens)
     store_tail = stored_tails(config.store_tail, layers, lens)
     has_sketch = any(spec.sketch for spec in store_tail.values())
+    if examples is None:
+        assert prompts is not None
+        examples = generated_examples(
+            config, prompts, model.eval(), tokenizer, teacher_digest=teacher_digest, vocab_size=vocab_size
+        )
     save_tokenizer(tokenizer, tokenizer_files)
     (tokenizer_files / "template.txt").write_text(template.source, encoding="utf-8")
     identity = Identity(
         format_version=FORMAT_VERSION,
         teacher=Path(config.teacher).name if Path(config.teacher).exists() else config.teacher,
-        teacher_digest=weights_digest(config.teacher, revision=config.revision),
+        teacher_digest=teacher_digest,
         teacher_config_digest=config_digest(model),
         num_layers=num_layers(model),
         dtype=config.dtype,

@@ -1,5 +1,6 @@
 """The shards in a cache's folder: which are committed, and what they add up to."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,9 @@ class ShardStore:
             sidecar = self._committed(number, read_files=read_files)
             if sidecar is not None:
                 self._done[number] = sidecar
+            elif read_files and os.path.lexists(self._folder / layout.sidecar_name(number)):
+                # Whoever looks again believes a sidecar, so none may stay whose shard has to be written.
+                atomic.remove(self._folder / layout.sidecar_name(number))
 
     def _committed(self, number: int, *, read_files: bool) -> Sidecar | None:
         """The sidecar of a shard whose files are all as it says; None if the shard has to be written."""

@@ -34,6 +34,9 @@ class Blanked:
     def __len__(self) -> int:
         return len(self._source)
 
+    def __getitem__(self, index: int) -> Any:
+        return self._blanked(self._source[index])
+
     def read_shard(self, number: int) -> list[Any]:
         return [self._blanked(example) for example in self._source.read_shard(number)]
 

@@ -96,9 +96,10 @@ def test_the_weights_hold_in_the_ids_that_are_trained_on(student, make_cache, tm
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
     assert "train/teacher_jsd/final" not in lines[0]
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
-    assert [(one["digest"], one["weight"]) for one in state["identity"]["caches"]] == [
-        (CacheReader(cache).digest, weight) for cache, weight in zip(caches, (0.7, 0.3), strict=True)
-    ]
+    assert [
+        (one["digest"], one["weight"])
+        for one in state["stateful_callbacks"]["distilllens"]["attributes"]["identity"]["caches"]
+    ] == [(CacheReader(cache).digest, weight) for cache, weight in zip(caches, (0.7, 0.3), strict=True)]
 
 
 def test_by_default_an_epoch_has_every_example_of_every_cache_once(student, make_cache, tmp_path, monkeypatch) -> None:
@@ -168,8 +169,14 @@ def test_one_cache_given_as_a_list_is_that_cache(student, make_cache, tmp_path) 
     same = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(tmp_path / "path")]
     assert one == same
     state = json.loads((tmp_path / "path" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["identity"]["cache"] == CacheReader(make_cache()).digest
-    assert not {"caches", "mix", "cache_weights"} & state["identity"].keys()
+    assert (
+        state["stateful_callbacks"]["distilllens"]["attributes"]["identity"]["cache"]
+        == CacheReader(make_cache()).digest
+    )
+    assert (
+        not {"caches", "mix", "cache_weights"}
+        & state["stateful_callbacks"]["distilllens"]["attributes"]["identity"].keys()
+    )
 
 
 def test_the_command_line_repeats_the_flag_and_a_file_lists(tmp_path) -> None:

@@ -147,7 +147,7 @@ def test_overwrite_takes_the_manifest_away_first(tmp_path: Path, cache: Any, mon
     assert not writer.finished
     assert removed[0] == "manifest.json"
     assert "plan.json" not in removed
-    assert len(removed) == 11
+    assert len([name for name in removed if not name.endswith(".lock")]) == 11
 
 
 def test_overwrite_follows_no_links_out_of_the_folder(tmp_path: Path, cache: Any) -> None:

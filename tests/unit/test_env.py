@@ -16,7 +16,7 @@ def test_the_facts_name_the_versions_that_matter_and_the_extras_that_are_absent(
     monkeypatch.setattr("distilllens.env._version", lambda name: None if name == "s3fs" else "1.2")
     facts = environment()
     assert {"torch", "transformers", "deepspeed", "pyarrow"} <= set(facts["packages"])
-    assert set(facts["extras"]) == {"bench", "demo", "lora", "s3", "gcs", "track"}
+    assert set(facts["extras"]) == {"bench", "demo", "large", "lora", "s3", "gcs", "track"}
     assert facts["extras"]["s3"] == {"s3fs": None}
     assert "s3fs not installed" in render_environment(facts)
 

@@ -125,21 +125,21 @@ def test_text_stops_before_the_end_token_even_where_that_is_the_padding_token(ti
     prompts = [Prompt("short", (a,), []), Prompt("long", (b, end, a, b, end), [])]
     for tokenizer in (same, tiny_tokenizer):
         short, long = write(model, prompts, GREEDY, ends=frozenset([end]), tokenizer=tokenizer)
-        assert short == Generation("b", (b,), ended=True)
-        assert long == Generation("ab", (a, b), ended=True)
+        assert short == Generation("b", (b,), end_id=end)
+        assert long == Generation("ab", (a, b), end_id=end)
 
 
 def test_text_without_an_end_token_is_cut_at_the_limit(tiny_model, write, tiny_tokenizer):
     a, b, end = tiny_tokenizer.convert_tokens_to_ids(["a", "b", "<|endoftext|>"])
     model = echo_model(tiny_model(), {a: b, b: a})
     (written,) = write(model, [Prompt("0", (a,), [])], replace(GREEDY, max_new_tokens=5), ends=frozenset([end]))
-    assert written == Generation("babab", (b, a, b, a, b), ended=False)
+    assert written == Generation("babab", (b, a, b, a, b), end_id=None)
 
 
 def test_a_text_that_ends_at_once_is_empty(tiny_model, write, tiny_tokenizer):
     a, end = tiny_tokenizer.convert_tokens_to_ids(["a", "<|endoftext|>"])
     model = echo_model(tiny_model(), {a: end})
-    assert write(model, [Prompt("0", (a,), [])], GREEDY, ends=frozenset([end])) == [Generation("", (), ended=True)]
+    assert write(model, [Prompt("0", (a,), [])], GREEDY, ends=frozenset([end])) == [Generation("", (), end_id=end)]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -152,7 +152,7 @@ def test_ngrams_do_not_repeat_and_padding_is_not_one_of_them(size, tiny_model, w
     padded_with_end = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
     prompts = [Prompt("short", (b,), []), Prompt("long", (a, a, a, a), [])]
     short, long = write(model, prompts, sampling, ends=ends, tokenizer=padded_with_end)
-    assert short == Generation("c", (c,), ended=True)
+    assert short == Generation("c", (c,), end_id=end)
     assert long.token_ids[:1] != (a,)
 
 

@@ -254,7 +254,8 @@ def test_limits_are_of_the_rows_that_are_read_and_of_jensen_and_shannon_alone(ti
         assert whole[name] > 0
         torch.testing.assert_close(sum(one[name] for one in sums) / 4, whole[name], atol=1e-4, rtol=1e-5)
     other = build(tiny_model, objective=dataclasses.replace(OBJECTIVE, lens_divergence="fkl"))
-    assert set(other(batch_of(some))) == {"total", "ce", "task", "lens/1:2", "lens/3:4"}
+    masses = {f"{name}/{where}" for name in ("kept_mass", "student_mass") for where in ("1:2", "3:4", "final")}
+    assert set(other(batch_of(some))) - masses == {"total", "ce", "task", "lens/1:2", "lens/3:4"}
 
 
 @pytest.mark.parametrize("divergence", ["fkl", "jsd", "tvd"])
@@ -270,6 +271,8 @@ def test_the_masses_are_those_of_the_kept_tokens_in_the_whole_distributions(
         for where, layer, teacher in (("1:2", 1, 2), ("3:4", 3, 4), ("final", 4, 6)):
             targets = batch.targets[teacher]
             q = student.lens.logits(hidden[layer][batch.is_target], layer).double().softmax(-1)
-            assert sums[f"student_mass/{where}"].item() == pytest.approx(q.gather(-1, targets.ids).sum().item())
+            assert sums[f"student_mass/{where}"].item() == pytest.approx(
+                q.gather(-1, targets.ids).sum().item(), rel=1e-4
+            )
             kept = targets.log_probs.double().exp().sum().item()
             assert sums[f"kept_mass/{where}"].item() == pytest.approx(kept, rel=1e-4)

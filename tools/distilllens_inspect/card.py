@@ -25,7 +25,9 @@ def write_card(folder: Path, *, license_name: str | None = None) -> bool:
     path = folder / CARD
     if path.is_symlink() or (path.exists() and not _is_ours(path)):
         return False
-    write_file(path, render_card(CacheReader(folder), license_name=license_name).encode("utf-8"))
+    card = render_card(CacheReader(folder), license_name=license_name).encode("utf-8")
+    if not path.exists() or path.read_bytes() != card:
+        write_file(path, card)
     return True
 
 

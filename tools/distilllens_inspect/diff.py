@@ -1,4 +1,4 @@
-"""Two caches compared: the same identity, the same examples, the same targets?"""
+"""Two caches compared: whether identity, examples and targets are the same."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

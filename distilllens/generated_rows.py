@@ -1,0 +1,153 @@
+"""Sequence-level distillation (Kim and Rush 2016): the teacher writes the responses that its cache is made of."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distilllens.config import CacheTeacherConfig
+from distilllens.console import say
+from distilllens.data import Examples, Prompts, make_example
+from distilllens.generate import Generation, Sampling, end_tokens, generate
+from distilllens.launch import is_distributed
+from distilllens.predictions import settings_digest
+
+ANEW = "Use --overwrite to begin anew, or another --output-dir."
+
+
+class Response(BaseModel):
+    """One line of the file after the first, which holds the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    text: str
+    """The response, special tokens left out."""
+    token_ids: tuple[int, ...]
+    """Its tokens, with the end token where the teacher wrote one."""
+    ended: bool
+
+
+def responses_file(output_dir: Path) -> Path:
+    """Where the responses of the cache in ``output_dir`` are kept: beside it."""
+    return output_dir.with_name(f"{output_dir.name}.generated.jsonl")
+
+
+def generated_examples(
+    config: CacheTeacherConfig,
+    prompts: Prompts,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher_digest: str,
+    vocab_size: int,
+) -> Examples:
+    """The prompts, each with what the teacher writes after it; what is written already is read.
+
+    A response is a function of teacher, prompt, settings and (seed, row id) alone. ValueError where the file is of
+    other settings, or damaged, or where it is to be written by several ranks.
+    """
+    file = responses_file(config.output_dir)
+    settings = _settings(config, prompts, teacher_digest)
+    found = _read(file, settings, prompts, overwrite=config.overwrite)
+    missing = prompts.prompts[len(found) :]
+    if missing and is_distributed():
+        raise ValueError(
+            "--generate: one process writes the responses. Run the same command without the launcher until the teacher "
+            "pass begins, then with it"
+        )
+    if missing:
+        say(f"The teacher writes {len(missing)} responses to {file}")
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.do_sample,
+        temperature=config.sampling_temperature,
+        top_p=config.sampling_top_p,
+        top_k=config.sampling_top_k,
+    )
+    ends, size = end_tokens(model, tokenizer), config.generate_batch_size
+    for start in range(0, len(missing), size):
+        some = missing[start : start + size]
+        written = generate(model, tokenizer, some, sampling, seed=config.seed, vocab_size=vocab_size, ends=ends)
+        new = [_response(prompt.id, generation) for prompt, generation in zip(some, written, strict=True)]
+        _append(file, (response.model_dump_json() for response in new))
+        found += new
+        say(f"{len(found)} of {len(prompts)} responses")
+    return _examples(config, prompts, found)
+
+
+def _response(id: str, generation: Generation) -> Response:
+    end = () if generation.end_id is None else (generation.end_id,)
+    return Response(
+        id=id, text=generation.text, token_ids=(*generation.token_ids, *end), ended=generation.end_id is not None
+    )
+
+
+def _examples(config: CacheTeacherConfig, prompts: Prompts, responses: list[Response]) -> Examples:
+    loaded = Examples(prompts.dataset, prompts.layout, prompts.template, prompts.num_rows)
+    loaded.refused, loaded.first_refused = prompts.refused, prompts.first_refused
+    digest = hashlib.sha256()
+    for prompt, response in zip(prompts.prompts, responses, strict=True):
+        token_ids = (*prompt.token_ids, *response.token_ids)
+        is_supervised = (False,) * len(prompt.token_ids) + (True,) * len(response.token_ids)
+        example = make_example(prompt.id, token_ids[: config.max_length], is_supervised[: config.max_length])
+        loaded.examples.append(example)
+        digest.update(bytes.fromhex(example.digest))
+        loaded.num_truncated += len(token_ids) > config.max_length or not response.ended
+    loaded.digest = digest.hexdigest()
+    return loaded
+
+
+def _settings(config: CacheTeacherConfig, prompts: Prompts, teacher_digest: str) -> dict[str, Any]:
+    """All that decides the responses."""
+    names = ("max_new_tokens", "do_sample", "sampling_temperature", "sampling_top_p", "sampling_top_k", "seed", "dtype")
+    texts = json.dumps([[prompt.id, list(map(int, prompt.token_ids))] for prompt in prompts.prompts])
+    return {
+        **{name: getattr(config, name) for name in names},
+        "teacher_digest": teacher_digest,
+        "prompts_digest": hashlib.sha256(texts.encode()).hexdigest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _read(file: Path, settings: dict[str, Any], prompts: Prompts, *, overwrite: bool) -> list[Response]:
+    """The responses that are there; a line that was cut short is cut off."""
+    header = json.dumps({"settings": settings, "settings_digest": settings_digest(settings)}) + "\n"
+    content = file.read_bytes() if file.is_file() and not overwrite else b""
+    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    if not lines:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+        _append(file, [header.rstrip("\n")])
+        return []
+    try:
+        there = json.loads(lines[0])["settings"]
+        found = [Response.model_validate_json(line) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise ValueError(f"{file} is no file of responses, or damaged. {ANEW}") from None
+    if there != settings:
+        differing = [
+            f"  {name}: there {there.get(name)!r}, now {settings.get(name)!r}"
+            for name in sorted({*there, *settings})
+            if there.get(name) != settings.get(name)
+        ]
+        raise ValueError(f"{file} holds responses of other settings:\n" + "\n".join(differing) + f"\n{ANEW}")
+    if [response.id for response in found] != [prompt.id for prompt in prompts.prompts[: len(found)]]:
+        raise ValueError(f"{file} holds responses of other rows. {ANEW}")
+    os.truncate(file, sum(map(len, lines)))
+    return found
+
+
+def _append(file: Path, lines: Iterator[str] | list[str]) -> None:
+    with open(file, "ab") as stream:
+        stream.write("".join(f"{line}\n" for line in lines).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
