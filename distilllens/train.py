@@ -203,6 +203,8 @@ def _self_check(run: TrainingRun, examples: ReadAhead | MixedReadAhead, steps: S
         return
     objective, vocab_size = run.student.objective, run.student.lens.vocab_size
     chosen = [examples[place] for place in steps.places(0, 0, 0)]
+    if not any(len(one.target_positions) for one in chosen):
+        chosen = [run.source[int(np.argmax(run.source.num_targets > 0))]]
     if isinstance(run.source, DataMixture):
         # A cache of little weight may not be among the first examples.
         chosen += [run.source[int(start)] for start in run.source.starts[:-1]]
