@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distilllens.config import LoraConfig
-from distilllens.model_source import short_cause, source_kind
+from distilllens.model_source import WHEEL, short_cause, source_kind
 from distilllens.models import BASE_FILE, adapter_base, load_adapter
 from distilllens.quiet import quiet_libraries
 from distilllens.weights_digest import weights_digest
@@ -73,7 +73,8 @@ def add_adapter(
         raise ValueError(f"{source} cannot get LoRA adapters: {short_cause(error)} (--lora-target-modules)") from None
     kept = adapted.peft_config["default"]
     # A folder of this machine by its whole path: the adapter lies elsewhere.
-    kept.base_model_name_or_path = source if source_kind(source) == "hub" else str(Path(source).resolve())
+    is_name = source_kind(source) == "hub" or source.startswith(WHEEL)
+    kept.base_model_name_or_path = source if is_name else str(Path(source).resolve())
     kept.revision = revision
     return LoraAdapter(adapted, weights_digest(source, revision))
 

@@ -62,8 +62,7 @@ def write_cache(plan: Plan, ranks: Ranks) -> Path:
     ) as writer:
         if writer.finished:
             if ranks.is_main:
-                if not (folder / CARD).exists():
-                    _write_card(config)
+                _write_card(config)
                 print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
             return folder
         _require_determinism(plan)
@@ -71,7 +70,8 @@ def write_cache(plan: Plan, ranks: Ranks) -> Path:
         num_tokens = _write_shards(plan, writer, ranks)
         seconds = max(time.monotonic() - started, 1e-9)
     if ranks.is_main:
-        save_config(config, folder / "config.resolved.yaml")
+        # Whoever runs this file continues, and deletes nothing.
+        save_config(config.model_copy(update={"overwrite": False}), folder / "config.resolved.yaml")
         _write_card(config)
         print(
             f"{folder}: {len(plan.examples.examples)} examples, {plan.examples.num_targets} target positions, "

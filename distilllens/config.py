@@ -18,6 +18,7 @@ from distilllens.run_config import (
     Numbers,
     PositiveInt,
     RunConfig,
+    Seed,
     Spec,
     config_text,
     load_config,
@@ -52,7 +53,7 @@ def _device_map(value: Any) -> Any:
 
 DeviceMap = Annotated[str | None, BeforeValidator(_device_map)]
 
-APPEND_DATASET = "dataset"
+APPEND_DATASET = ":dataset:"
 """What ``--append`` means where it names no file: the dataset itself has grown."""
 
 
@@ -146,7 +147,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
     """Token budget of one forward pass of the teacher, padding included."""
     examples_per_shard: PositiveInt = 256
     """Most examples in one shard; the shard is the unit of commit and of resume."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
     license: str | None = None
     """License to name in the dataset card beside the cache, such as apache-2.0."""
@@ -173,8 +174,6 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
             raise ValueError("--repair keeps the cache that is there, --overwrite removes it: give one of them")
         if self.generate and self.append is not None:
             raise ValueError("--append adds rows of a dataset, --generate writes their responses: drop one of them")
-        if self.repair and self.append is not None:
-            raise ValueError("--append adds to a sound cache: give --repair first, without it")
         return self
 
     @property
@@ -199,7 +198,7 @@ class NewStudentConfig(RunConfig):
     """config.json of a fresh model with random weights."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, when it is not that of the model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of fresh weights."""
     output_dir: LocalOutput
     """Folder of the new student."""
@@ -234,7 +233,7 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
     """Folder for checkpoints, metrics and the final model."""
     overwrite: bool = False
     """Remove the run that is in the output folder and begin anew."""
-    num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
+    num_train_epochs: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 3.0
     """Passes over the cache; over several of different data, as many examples as they hold together."""
     max_steps: int = -1
     """Number of optimizer steps; overrides --num-train-epochs when positive."""
@@ -276,7 +275,7 @@ class TrainConfig(DatasetConfig, LoraConfig, ObjectiveConfig, WatchConfig, Spool
     """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N."""
     attn_implementation: str = "sdpa"
     """Attention kernel, by its name in transformers."""
-    seed: int = 42
+    seed: Seed = 42
     """Order of the examples and every other random choice."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint folder, or from the latest complete one when given alone."""

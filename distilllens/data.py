@@ -256,6 +256,7 @@ def load_prompts(config: DatasetConfig, dataset: str, tokenizer: PreTrainedToken
         template=config.template,
         columns=ColumnNames(**config.columns()),
         max_prompt_length=config.max_prompt_length,
+        max_length=config.max_length,
         limit=config.limit,
         split=config.split,
         revision=config.dataset_revision,
@@ -269,12 +270,13 @@ def prompt_and_references(
     template: str = "auto",
     columns: ColumnNames | None = None,
     max_prompt_length: int | None = None,
+    max_length: int | None = None,
     limit: int | None = None,
     split: str | None = None,
     revision: str | None = None,
 ) -> Prompts:
     """The first ``limit`` rows of a dataset as prompts: the very tokens that come before the last response in
-    ``load_examples``, with all references of that response.
+    ``load_examples``, with all references of that response. Prompts that leave no room in ``max_length`` are not used.
 
     Raises ValueError as ``load_examples`` does, and for plain text, which has no prompts.
     """
@@ -291,7 +293,7 @@ def prompt_and_references(
             token_ids = tokens[rendered.prompt]
             if not rendered.has_specials:
                 token_ids = encoder.begin(token_ids)
-            _check_prompt(len(token_ids), max_prompt_length, None)
+            _check_prompt(len(token_ids), max_prompt_length, max_length)
             if not token_ids:
                 raise Unusable(Reason.EMPTY_PROMPT)
             if not rendered.references[0].strip():

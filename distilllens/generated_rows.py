@@ -17,7 +17,7 @@ from distilllens.console import say
 from distilllens.data import Examples, Prompts, make_example
 from distilllens.generate import Generation, Sampling, end_tokens, generate
 from distilllens.launch import is_distributed
-from distilllens.predictions import settings_digest
+from distilllens.predictions import settings_digest, write_text
 
 ANEW = "Use --overwrite to begin anew, or another --output-dir."
 
@@ -56,15 +56,21 @@ def generated_examples(
     """
     file = responses_file(config.output_dir)
     settings = _settings(config, prompts, teacher_digest)
-    found = _read(file, settings, prompts, overwrite=config.overwrite)
+    found = [] if config.overwrite else _read(file, settings, prompts)
     missing = prompts.prompts[len(found) :]
     if missing and is_distributed():
         raise ValueError(
             "--generate: one process writes the responses. Run the same command without the launcher until the teacher "
-            "pass begins, then with it"
+            "pass begins, then with it and without --overwrite"
+        )
+    if missing and (config.dry_run or config.repair):
+        raise ValueError(
+            f"{len(missing)} of {len(prompts)} responses are still to be written to {file}: run the same command "
+            f"without --{'dry-run' if config.dry_run else 'repair'} first"
         )
     if missing:
         say(f"The teacher writes {len(missing)} responses to {file}")
+        _begin(file, settings, found)
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         do_sample=config.do_sample,
@@ -118,15 +124,18 @@ def _settings(config: CacheTeacherConfig, prompts: Prompts, teacher_digest: str)
     }
 
 
-def _read(file: Path, settings: dict[str, Any], prompts: Prompts, *, overwrite: bool) -> list[Response]:
-    """The responses that are there; a line that was cut short is cut off."""
-    header = json.dumps({"settings": settings, "settings_digest": settings_digest(settings)}) + "\n"
-    content = file.read_bytes() if file.is_file() and not overwrite else b""
-    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+def _begin(file: Path, settings: dict[str, Any], found: list[Response]) -> None:
+    """Write the settings and the responses that are kept; a line that was cut short is left out."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"settings": settings, "settings_digest": settings_digest(settings)})
+    write_text(file, "".join(f"{line}\n" for line in (header, *(one.model_dump_json() for one in found))))
+
+
+def _read(file: Path, settings: dict[str, Any], prompts: Prompts) -> list[Response]:
+    """The responses that are there; a line that was cut short is none."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    lines = [line for line in lines if line.endswith(b"\n")]
     if not lines:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"")
-        _append(file, [header.rstrip("\n")])
         return []
     try:
         there = json.loads(lines[0])["settings"]
@@ -142,7 +151,6 @@ def _read(file: Path, settings: dict[str, Any], prompts: Prompts, *, overwrite: 
         raise ValueError(f"{file} holds responses of other settings:\n" + "\n".join(differing) + f"\n{ANEW}")
     if [response.id for response in found] != [prompt.id for prompt in prompts.prompts[: len(found)]]:
         raise ValueError(f"{file} holds responses of other rows. {ANEW}")
-    os.truncate(file, sum(map(len, lines)))
     return found
 
 

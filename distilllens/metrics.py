@@ -123,7 +123,7 @@ class RunningSums:
         values = {f"train/{name}": total / self.num_targets for name, total in zip(names, totals, strict=False)}
         values = {"train/loss": values.pop("train/total"), **values}
         lens = [value for name, value in values.items() if name.startswith("train/lens/")]
-        if lens:
+        if lens and "train/lens" not in values:  # several teachers bring their weighted one
             values["train/lens"] = sum(lens) / len(lens)
         values |= {
             "train/tokens_per_s": totals[-1] / self._seconds,

@@ -5,7 +5,8 @@ from pathlib import Path
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.config import CacheTeacherConfig
 from distilllens.console import say
-from distilllens_cache import CacheError, Problem, VerifyReport, restore_plan, verify_cache
+from distilllens.launch import is_distributed, join_ranks
+from distilllens_cache import CacheError, Problem, VerifyReport, require_free, restore_plan, verify_cache
 
 State = dict[str, tuple[int, int]]
 """Inode and time of each file, by name: a file that is written again gets others."""
@@ -17,7 +18,12 @@ def run_repair(config: CacheTeacherConfig) -> Path:
     The cache is the one that the same config wrote: a difference is refused and named, as when a run
     continues. ValueError where there is nothing to repair from, or where something remains wrong.
     """
+    join_ranks()
+    if is_distributed():
+        raise ValueError("--repair checks a cache in one process: run it without the launcher")
     folder = config.output_dir
+    if not config.dry_run:
+        require_free(folder)
     problems = _check(folder).problems
     if not problems:
         print(f"{folder} is sound: nothing to repair")

@@ -27,6 +27,7 @@ def _text(value: Any) -> Any:
 Numbers = Annotated[tuple[float, ...], BeforeValidator(split_text)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(split_text)]
 Spec = Annotated[str, BeforeValidator(_text)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 

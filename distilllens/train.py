@@ -87,6 +87,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
         state = RunState(max_steps=num_steps, identity=identity)
         if checkpoint is not None:
             state = load_state(checkpoint, identity)
+            _require_best(state, checkpoint, config)
             engine.load_state(checkpoint)
             say(f"Resuming from {checkpoint} after step {state.global_step}")
         with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
@@ -231,6 +232,23 @@ def _check_output(config: TrainConfig) -> None:
     if not config.overwrite and config.resume_from_checkpoint is None:
         raise ValueError(
             f"--output-dir {folder} holds a run already: --resume-from-checkpoint continues it, --overwrite begins anew"
+        )
+    if config.resume_from_checkpoint is not None:
+        return
+    for place in (config.student, *config.cache, config.eval_cache, config.dataset, config.eval_dataset):
+        if place and Path(place).exists() and Path(place).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--overwrite would remove {place}, which this run reads: give another --output-dir")
+
+
+def _require_best(state: RunState, checkpoint: Path, config: TrainConfig) -> None:
+    """The best checkpoint so far is what the run may end with."""
+    if not config.load_best_model_at_end or state.best.step is None:
+        return
+    best = checkpoint_folder(config.output_dir, state.best.step)
+    if not best.is_dir():
+        raise ValueError(
+            f"{checkpoint} names {best} as the best so far, which is not there: resume in the folder of that run, or "
+            f"drop --load-best-model-at-end"
         )
 
 

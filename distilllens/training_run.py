@@ -36,10 +36,10 @@ from distilllens_cache import CachedExample, CacheReader
 RESUME_IGNORES = {
     "output_dir", "overwrite", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "deepspeed", "device", "attn_implementation", "loss_chunk_rows", "gradient_checkpointing",
-    "student", "cache", "cache_weights", "mix", "eval_cache", "spool_dir", "spool_bytes", "max_steps",
-    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "log_example_ids", "lora_merge",
-    "dry_run", "report_to", "run_name", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience",
-    "early_stopping_threshold", "max_loss_ratio",
+    "student", "student_revision", "dataset", "cache", "cache_weights", "mix", "eval_cache", "spool_dir", "spool_bytes",
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "log_example_ids",
+    "lora_merge", "dry_run", "report_to", "run_name", "metric_for_best_model", "load_best_model_at_end",
+    "early_stopping_patience", "early_stopping_threshold", "max_loss_ratio",
 }  # fmt: skip
 """Settings that a resumed run may change; caches are compared by digest and weight, the length by its steps, and the
 sizes of batches by the examples of a step."""

@@ -85,12 +85,15 @@ class ShardStore:
 
     def _look_for(self, numbers: list[int] | range, *, read_files: bool) -> None:
         for number in numbers:
+            path = self._folder / layout.sidecar_name(number)
+            was_there = read_files and number >= self._num_base and os.path.lexists(path)
             sidecar = self._committed(number, read_files=read_files)
             if sidecar is not None:
                 self._done[number] = sidecar
-            elif read_files and os.path.lexists(self._folder / layout.sidecar_name(number)):
-                # Whoever looks again believes a sidecar, so none may stay whose shard has to be written.
-                atomic.remove(self._folder / layout.sidecar_name(number))
+            elif was_there:
+                # Whoever looks again believes a sidecar, so none may stay whose shard has to be written. Those of an
+                # older plan stay: adding to a cache that lacks a shard is refused, and then changes nothing.
+                atomic.remove(path)
 
     def _committed(self, number: int, *, read_files: bool) -> Sidecar | None:
         """The sidecar of a shard whose files are all as it says; None if the shard has to be written."""

@@ -72,6 +72,12 @@ def test_responses_of_other_settings_are_refused_by_name_and_overwritten_on_requ
         run_cache_teacher(other)
 
 
+def test_a_dry_run_writes_nothing(config) -> None:
+    with pytest.raises(ValueError, match="7 of 7 responses are still to be written"):
+        run_cache_teacher(config.model_copy(update={"dry_run": True, "overwrite": True}))
+    assert not responses_file(config.output_dir).exists()
+
+
 def test_several_ranks_do_not_write_one_file_of_responses(config, monkeypatch) -> None:
     ranks = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for name, value in ranks.items():

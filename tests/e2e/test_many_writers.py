@@ -253,7 +253,7 @@ def test_a_dataset_that_grew_gives_the_cache_of_the_whole(teacher, rows, halves,
     old.write_bytes(rows.read_bytes())
     with pytest.raises(CacheError, match="--append adds the others"):
         run_cache_teacher(config_of(teacher, old, tmp_path / "cache", **settings))
-    config = config_of(teacher, old, tmp_path / "cache", append="dataset", **settings)
+    config = config_of(teacher, old, tmp_path / "cache", append=APPEND_DATASET, **settings)
     assert run_ranks(config, 2, tmp_path) == [tmp_path / "cache"] * 2
     run_cache_teacher(config_of(teacher, rows, tmp_path / "whole", **settings))
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
@@ -266,7 +266,7 @@ def test_a_cache_that_grew_beyond_a_shard_that_was_not_full_is_what_its_dataset_
     old, new = halves
     run_cache_teacher(config_of(teacher, old, tmp_path / "cache", **settings))
     old.write_text(old.read_text() + new.read_text())
-    run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append="dataset", **settings))
+    run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=APPEND_DATASET, **settings))
     assert [shard.num_examples for shard in CacheReader(tmp_path / "cache").manifest.shards] == [5, 5, 2, 5, 5, 2]
     capsys.readouterr()
     run_cache_teacher(config_of(teacher, old, tmp_path / "cache", **settings))

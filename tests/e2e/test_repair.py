@@ -149,3 +149,33 @@ def test_what_does_not_belong_to_the_cache_is_named_and_left(damaged) -> None:
         run_repair(damaged)
     assert stray.read_text() == "{}"
     assert [problem.file for problem in verify_cache(damaged.output_dir).problems] == ["tokenizer"]
+
+
+def test_a_cache_that_grew_is_repaired_by_the_command_that_made_it_grow(
+    config, damaged, tmp_path, tiny_rows, write_jsonl
+) -> None:
+    more = write_jsonl(
+        tmp_path / "more.jsonl", [row | {"instruction": "again " + row["instruction"]} for row in tiny_rows[:6]]
+    )
+    grown = damaged.model_copy(update={"append": str(more)})
+    run_cache_teacher(grown.model_copy(update={"repair": False}))
+    wanted = contents(grown.output_dir)
+    for name in ("shards/00000.arrow", "shards/00005.arrow"):
+        flip(grown.output_dir / name)
+    run_repair(grown)
+    assert contents(grown.output_dir) == wanted
+
+
+def test_repair_is_for_one_process(damaged, monkeypatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="in one process"):
+        run_repair(damaged)
+
+
+def test_a_damaged_shard_is_written_again_also_where_a_run_simply_continues(config, damaged) -> None:
+    """Its sidecar is whole, and a rank that looks what others have done believes sidecars."""
+    wanted = contents(damaged.output_dir)
+    flip(damaged.output_dir / "shards" / "00001.arrow")
+    run_cache_teacher(damaged.model_copy(update={"repair": False}))
+    assert contents(damaged.output_dir) == wanted

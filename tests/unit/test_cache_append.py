@@ -216,6 +216,17 @@ def test_nothing_is_added_to_no_cache_or_an_unfinished_one(tmp_path: Path) -> No
     assert json.loads((tmp_path / "cache" / "plan.json").read_bytes())["shards"][-1]["stop"] == 5
 
 
+def test_a_damaged_cache_is_refused_and_left_as_it_is(tmp_path: Path, grown: Grown) -> None:
+    """`--repair` comes first; a sidecar that the refusal took away would be one more thing to repair."""
+    folder = grown.old.write(tmp_path / "cache")
+    shard = folder / "shards" / "00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CacheError, match="unfinished or damaged"):
+        grown.writer(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_ranks_append_together(tmp_path: Path, grown: Grown) -> None:
     folder = grown.old.write(tmp_path / "cache")
     first, second = (grown.writer(folder, seat=Seat(rank, 2, "one")) for rank in range(2))
