@@ -13,7 +13,7 @@ import pytest
 
 from distilllens import device_map, ranks
 from distilllens.cache_teacher import run_cache_teacher, write_cache
-from distilllens.config import CacheTeacherConfig, load_config
+from distilllens.config import APPEND_DATASET, CacheTeacherConfig, load_config
 from distilllens.pass_plan import Plan, open_plan
 from distilllens.ranks import Ranks, ranks_of_environment
 from distilllens_cache import CacheError, CacheReader, Seat, verify_cache
