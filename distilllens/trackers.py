@@ -79,7 +79,7 @@ class Wandb(Tracker):
     """A run of Weights & Biases. WANDB_PROJECT, WANDB_MODE and its other variables mean what they mean there."""
 
     def __init__(self, run: TrackedRun) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "distilllens"),
@@ -104,7 +104,7 @@ class Trackio(Tracker):
     """A run of Trackio. TRACKIO_PROJECT names the project; its other variables mean what they mean there."""
 
     def __init__(self, run: TrackedRun) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run: Any = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", "distilllens"),

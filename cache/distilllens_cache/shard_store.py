@@ -90,9 +90,9 @@ class ShardStore:
             sidecar = self._committed(number, read_files=read_files)
             if sidecar is not None:
                 self._done[number] = sidecar
-            elif was_there:
-                # Whoever looks again believes a sidecar, so none may stay whose shard has to be written. Those of an
-                # older plan stay: adding to a cache that lacks a shard is refused, and then changes nothing.
+            elif was_there and self._committed(number, read_files=False) is not None:
+                # Whoever looks again believes a sidecar, so none may stay whose shard is damaged. Those of an older
+                # plan stay: adding to a cache that lacks a shard is refused, and then changes nothing.
                 atomic.remove(path)
 
     def _committed(self, number: int, *, read_files: bool) -> Sidecar | None:

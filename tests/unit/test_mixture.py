@@ -16,6 +16,7 @@ class Source:
     def __init__(self, size: int, *, per_shard: int = 3, order: list[int] | None = None) -> None:
         self.contents = order or list(range(size))
         self.num_targets = np.array([1 + content for content in self.contents])
+        self.num_tokens = np.full(size, 2)
         self.shard_of = np.arange(size) // per_shard
         self.shards_read: list[int] = []
 
