@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ class WriterLock:
         content = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "since": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+            "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             "run": self.seat.run,
             "world_size": self.seat.world_size,
         }

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,16 @@ def test_a_lost_plan_costs_no_finished_cache(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"no plan\.json; nothing was changed"):
         material.write(folder)
     assert files_of(folder) == before
+
+
+def test_a_time_zone_of_a_whole_day_hinders_no_writer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faultlab.material import Material
+
+    material = Material.of(folder)
+
+    def work() -> None:
+        monkeypatch.setenv("TZ", "XXX-25")
+        time.tzset()
+        material.write(folder, overwrite=True)
+
+    assert in_child(work).how == "done"
