@@ -2,11 +2,11 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -187,7 +187,6 @@ def load_examples(
         )
     encoder = Encoder(tokenizer)
     loaded = Examples(dataset, str(layout), resolved, len(rows))
-    digest = hashlib.sha256()
     for id, rendered, tokens in _rendered(rows, layout, encoder, loaded, prompts_only=False):
         try:
             token_ids, is_supervised = tokenize(rendered, tokens, encoder)
@@ -200,27 +199,36 @@ def load_examples(
             loaded.refuse(id, why)
             continue
         loaded.examples.append(example)
-        digest.update(bytes.fromhex(example.digest))
         loaded.num_truncated += len(token_ids) > max_length
         loaded.num_endless += len(token_ids) <= max_length and token_ids[-1] not in encoder.ends
     loaded.check_usable(len(loaded.examples))
-    loaded.digest = digest.hexdigest()
+    loaded.digest = examples_digest(loaded.examples)
     return loaded
 
 
 def load_configured(config: DatasetConfig, dataset: str, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """``load_examples`` of ``dataset`` with the template, columns and limits of a run."""
-    return load_examples(
-        dataset,
-        tokenizer,
-        template=config.template,
-        columns=ColumnNames(**config.columns()),
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        limit=config.limit,
-        split=config.split,
-        revision=config.dataset_revision,
-    )
+    return load_examples(dataset, tokenizer, max_length=config.max_length, **row_settings(config))
+
+
+def row_settings(config: DatasetConfig) -> dict[str, Any]:
+    """How a run reads rows, as ``load_examples`` and ``prompt_and_references`` take it."""
+    return {
+        "template": config.template,
+        "columns": ColumnNames(**config.columns()),
+        "max_prompt_length": config.max_prompt_length,
+        "limit": config.limit,
+        "split": config.split,
+        "revision": config.dataset_revision,
+    }
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """SHA-256 over the digests of examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(bytes.fromhex(example.digest))
+    return digest.hexdigest()
 
 
 def with_rows_after(first: Examples, more: Examples) -> Examples:
@@ -233,34 +241,22 @@ def with_rows_after(first: Examples, more: Examples) -> Examples:
     if any(example.id in taken for example in after):
         name = PurePath(more.dataset).name
         after = [replace(example, id=f"{name}:{example.id}") for example in after]
-    digest = hashlib.sha256()
-    for example in (*first.examples, *after):
-        digest.update(bytes.fromhex(example.digest))
+    examples = [*first.examples, *after]
     return replace(
         first,
         num_rows=first.num_rows + more.num_rows,
         refused=first.refused + more.refused,
         first_refused=more.first_refused | first.first_refused,
-        examples=[*first.examples, *after],
+        examples=examples,
         num_truncated=first.num_truncated + more.num_truncated,
         num_endless=first.num_endless + more.num_endless,
-        digest=digest.hexdigest(),
+        digest=examples_digest(examples),
     )
 
 
 def load_prompts(config: DatasetConfig, dataset: str, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """``prompt_and_references`` of ``dataset`` with the template, columns and limits of a run."""
-    return prompt_and_references(
-        dataset,
-        tokenizer,
-        template=config.template,
-        columns=ColumnNames(**config.columns()),
-        max_prompt_length=config.max_prompt_length,
-        max_length=config.max_length,
-        limit=config.limit,
-        split=config.split,
-        revision=config.dataset_revision,
-    )
+    return prompt_and_references(dataset, tokenizer, max_length=config.max_length, **row_settings(config))
 
 
 def prompt_and_references(

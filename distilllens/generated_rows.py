@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.config import CacheTeacherConfig
 from distilllens.console import say
-from distilllens.data import Examples, Prompts, make_example
+from distilllens.data import Examples, Prompts, examples_digest, make_example
 from distilllens.generate import Generation, Sampling, end_tokens, generate
 from distilllens.launch import is_distributed
-from distilllens.predictions import settings_digest, write_text
+from distilllens.predictions import append_lines, settings_digest, write_text
 
 ANEW = "Use --overwrite to begin anew, or another --output-dir."
 
@@ -83,7 +81,7 @@ def generated_examples(
         some = missing[start : start + size]
         written = generate(model, tokenizer, some, sampling, seed=config.seed, vocab_size=vocab_size, ends=ends)
         new = [_response(prompt.id, generation) for prompt, generation in zip(some, written, strict=True)]
-        _append(file, (response.model_dump_json() for response in new))
+        append_lines(file, new)
         found += new
         say(f"{len(found)} of {len(prompts)} responses")
     return _examples(config, prompts, found)
@@ -99,15 +97,13 @@ def _response(id: str, generation: Generation) -> Response:
 def _examples(config: CacheTeacherConfig, prompts: Prompts, responses: list[Response]) -> Examples:
     loaded = Examples(prompts.dataset, prompts.layout, prompts.template, prompts.num_rows)
     loaded.refused, loaded.first_refused = prompts.refused, prompts.first_refused
-    digest = hashlib.sha256()
     for prompt, response in zip(prompts.prompts, responses, strict=True):
         token_ids = (*prompt.token_ids, *response.token_ids)
         is_supervised = (False,) * len(prompt.token_ids) + (True,) * len(response.token_ids)
         example = make_example(prompt.id, token_ids[: config.max_length], is_supervised[: config.max_length])
         loaded.examples.append(example)
-        digest.update(bytes.fromhex(example.digest))
         loaded.num_truncated += len(token_ids) > config.max_length or not response.ended
-    loaded.digest = digest.hexdigest()
+    loaded.digest = examples_digest(loaded.examples)
     return loaded
 
 
@@ -152,10 +148,3 @@ def _read(file: Path, settings: dict[str, Any], prompts: Prompts) -> list[Respon
     if [response.id for response in found] != [prompt.id for prompt in prompts.prompts[: len(found)]]:
         raise ValueError(f"{file} holds responses of other rows. {ANEW}")
     return found
-
-
-def _append(file: Path, lines: Iterator[str] | list[str]) -> None:
-    with open(file, "ab") as stream:
-        stream.write("".join(f"{line}\n" for line in lines).encode())
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -7,6 +7,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from distilllens.config import TrainConfig
+from distilllens.console import counted
 from distilllens.free_space import Space
 from distilllens.pass_plan import Plan
 from distilllens.pass_sample import Sample, padded_tokens, run_sample
@@ -141,13 +142,9 @@ def _break_even(found: Estimate) -> str:
     students = math.ceil(epochs / EPOCHS)
     cost = found.pass_seconds / found.forward_seconds
     return (
-        f"from {_count(epochs, 'epoch')} on, {_count(students, 'student')} of {EPOCHS:g} "
+        f"from {counted(epochs, 'epoch')} on, {counted(students, 'student')} of {EPOCHS:g} "
         f"(the pass costs {cost:.1f} bare forward passes, the teacher online one an epoch)"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,7 @@ class EvaluationFolder:
 
     def append(self, batch: Sequence[Prediction]) -> None:
         """Add the predictions of one batch, on disk when this returns."""
-        lines = "".join(prediction.model_dump_json() + "\n" for prediction in batch)
-        with open(self.path / PREDICTIONS, "ab") as stream:
-            stream.write(lines.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(self.path / PREDICTIONS, batch)
 
     def _compare(self) -> None:
         found = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))["settings"]
@@ -127,6 +123,15 @@ class EvaluationFolder:
             f"{self.path} holds an evaluation with other settings. Use --overwrite to replace it, or another "
             f"--output-dir.\n" + "\n".join(differences)
         )
+
+
+def append_lines(file: Path, rows: Iterable[BaseModel]) -> None:
+    """Add a line of JSON for each row, on disk when this returns."""
+    lines = "".join(row.model_dump_json() + "\n" for row in rows)
+    with open(file, "ab") as stream:
+        stream.write(lines.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def check_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.config import CacheTeacherConfig
-from distilllens.console import say
+from distilllens.console import counted, say
 from distilllens.launch import is_distributed, join_ranks
 from distilllens_cache import CacheError, Problem, VerifyReport, require_free, restore_plan, verify_cache
 
@@ -31,7 +31,7 @@ def run_repair(config: CacheTeacherConfig) -> Path:
     for problem in problems:
         say(f"Damaged: {_sentence(problem)}")
     if config.dry_run:
-        print(f"{folder}: {_counted(len(problems), 'problem')}; without --dry-run it would be repaired")
+        print(f"{folder}: {counted(len(problems), 'problem')}; without --dry-run it would be repaired")
         return folder
     before = _state(folder)
     restore_plan(folder)
@@ -39,7 +39,7 @@ def run_repair(config: CacheTeacherConfig) -> Path:
     after = _state(folder)
     written = sorted(name for name, state in after.items() if before.get(name) != state and name not in UNCHECKED)
     remaining = _check(folder).problems
-    print(f"{folder}: {_counted(len(written), 'file')} written again: {', '.join(written) or 'none'}")
+    print(f"{folder}: {counted(len(written), 'file')} written again: {', '.join(written) or 'none'}")
     if remaining:
         raise ValueError(
             f"{folder} is still not sound: "
@@ -64,7 +64,7 @@ def _check(folder: Path) -> VerifyReport:
     if any(problem.file == "manifest.json" and " is unfinished" in problem.what for problem in report.problems):
         num_shards = len(list((folder / "shards").glob("*.json")))
         raise CacheError(
-            f"--repair: {folder} has {_counted(num_shards, 'finished shard')} and no manifest.json, so it was not "
+            f"--repair: {folder} has {counted(num_shards, 'finished shard')} and no manifest.json, so it was not "
             f"finished. Run the same command without --repair: it continues, and writes damaged shards again too."
         )
     return report
@@ -77,7 +77,3 @@ def _state(folder: Path) -> State:
 
 def _sentence(problem: Problem) -> str:
     return problem.what if problem.what.startswith(problem.file) else f"{problem.file}: {problem.what}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distilllens import __version__
 from distilllens.config import EvaluateConfig
-from distilllens.data import ColumnNames, Examples, Prompt, Prompts, load_examples, prompt_and_references
+from distilllens.data import Examples, Prompt, Prompts, load_configured, prompt_and_references, row_settings
 from distilllens.launch import is_distributed
 from distilllens.model_source import local_path
 from distilllens.models import load_tokenizer
@@ -66,16 +66,8 @@ def open_subject(name: str, config: EvaluateConfig) -> Subject:
 
 def _rows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompts, Examples]:
     assert config.dataset is not None
-    shared: dict[str, Any] = {
-        "template": config.template,
-        "columns": ColumnNames(**config.columns()),
-        "max_prompt_length": config.max_prompt_length,
-        "limit": config.limit,
-        "split": config.split,
-        "revision": config.dataset_revision,
-    }
-    prompts = prompt_and_references(config.dataset, tokenizer, **shared)
-    return prompts, load_examples(config.dataset, tokenizer, max_length=config.max_length, **shared)
+    prompts = prompt_and_references(config.dataset, tokenizer, **row_settings(config))
+    return prompts, load_configured(config, config.dataset, tokenizer)
 
 
 def evaluation_settings(config: EvaluateConfig, subjects: Sequence[Subject], device: torch.device) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from distilllens.config import EvaluateConfig
-from distilllens.data import Prompts, load_examples, prompt_and_references
+from distilllens.data import Prompts, load_examples, prompt_and_references, row_settings
 from distilllens.engine import Engine
 from distilllens.generate import Sampling, check_positions, end_tokens, generate
 from distilllens.lens_samples import sample_lens, with_final, write_lens_samples
-from distilllens.records import ColumnNames
 from distilllens.rouge import RougeL
 from distilllens.student import Pairs
 from distilllens.subjects import Subject, ends_of_references
@@ -106,13 +105,8 @@ def open_validation(run: TrainingRun) -> Validation:
         _require_pair(config.best_metric, run.evaluation.matching.pairs if run.evaluation else ())
     if config.eval_dataset is None:
         return Validation(run, None, frozenset())
-    shared = {
-        "template": config.template,
-        "columns": ColumnNames(**config.columns()),
-        "max_prompt_length": config.max_prompt_length,
-        "limit": config.eval_limit,
-        "split": config.split,
-    }
+    # Limit and revision of the rows trained on are not those of the held-out ones.
+    shared = row_settings(config) | {"limit": config.eval_limit, "revision": None}
     prompts = prompt_and_references(config.eval_dataset, run.tokenizer, **shared)
     examples = load_examples(config.eval_dataset, run.tokenizer, max_length=config.max_length, **shared)
     check_positions(run.model, prompts.prompts, _sampling(run))
