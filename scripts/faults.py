@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, help="at most so many trials a row (default: the full counts)")
     parser.add_argument("--minutes", type=float, help="start no trial of a row after so long; what was reached counts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cache", type=Path, action="append", default=[], help="do it to this finished cache too")
     parser.add_argument("--scratch", type=Path, help="folder for the harmed copies (default: the system's)")
     parser.add_argument("--table", action="store_true", help="run nothing, print what --results has")
