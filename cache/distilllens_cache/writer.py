@@ -91,9 +91,7 @@ class CacheWriter:
         )
         folder_state.check(self.folder)
         if not overwrite:
-            folder_state.require_plan(self.folder)
-        if append and not (self.folder / layout.PLAN).exists():
-            raise CacheError(f"{self.folder} holds no cache to add examples to: make it first, without --append.")
+            folder_state.require_plan(self.folder, append=append)
         atomic.make_folder(self.folder)
         self.lock = lock_of(self.folder, seat)
         """Who else is at work in the folder."""

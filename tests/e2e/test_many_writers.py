@@ -7,13 +7,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from distilllens import device_map, ranks
+from distilllens import device_map, free_space, ranks
 from distilllens.cache_teacher import run_cache_teacher, write_cache
 from distilllens.config import APPEND_DATASET, CacheTeacherConfig, load_config
+from distilllens.free_space import NoSpaceError
 from distilllens.pass_plan import Plan, open_plan
 from distilllens.ranks import Ranks, ranks_of_environment
 from distilllens_cache import CacheError, CacheReader, Seat, verify_cache
@@ -245,6 +247,41 @@ def test_rows_of_another_file_are_added(teacher, rows, halves, tmp_path, capsys)
     run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=str(new)))
     assert "nothing to do" in capsys.readouterr().out
     assert files_of(tmp_path / "cache") == after
+
+
+def test_a_dry_run_of_an_append_tells_what_is_added_and_writes_nothing(
+    teacher, rows, halves, tmp_path, capsys, monkeypatch
+) -> None:
+    old, new = halves
+
+    def told(**settings: Any) -> dict[str, str]:
+        capsys.readouterr()
+        run_cache_teacher(config_of(teacher, old, tmp_path / "cache", dry_run=True, append=str(new), **settings))
+        return {line[:19].strip(): line[19:] for line in capsys.readouterr().out.splitlines()}
+
+    with pytest.raises(CacheError, match="holds no cache to add examples to"):
+        told()
+    before = run_cache_teacher(config_of(teacher, old, tmp_path / "cache"))
+    files = files_of(before)
+    with pytest.raises(CacheError, match="top_k: cache has"):
+        told(top_k="8")
+    lines = told()
+    with monkeypatch.context() as full:
+        full.setattr(free_space.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(NoSpaceError):  # the old rows' bytes are no room for the new
+            told()
+    assert files_of(before) == files
+    run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=str(new)))
+    growth = sum(map(len, files_of(before).values())) - sum(map(len, files.values()))
+    shards = CacheReader(before).manifest.shards[4:]
+    assert lines["rows"] == "12 more, after 12 in the cache"
+    assert lines["shards"] == f"{len(shards)}"
+    assert lines["target positions"] == f"{sum(shard.num_targets for shard in shards)}"
+    size, unit, more, *_ = lines["bytes"].removeprefix("about ").split()
+    assert (unit, more) == ("kB", "more")
+    assert float(size) * 1000 == pytest.approx(growth, rel=0.4)
+    run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=str(new), dry_run=True))
+    assert "holds all 24 rows already: nothing to add" in capsys.readouterr().out
 
 
 def test_a_dataset_that_grew_gives_the_cache_of_the_whole(teacher, rows, halves, tmp_path) -> None:
