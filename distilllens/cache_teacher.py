@@ -131,7 +131,7 @@ def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
             seconds_to_come=SECONDS_TO_COME,
         )
     missing = writer.missing_sketches()
-    rows, config = plan.examples.examples, plan.config
+    rows, config = plan.examples.examples[: writer.num_calibration_examples], plan.config
     order = calibration_order(rows, num_targets=config.calibration_targets, seed=config.seed) if missing else []
     examples = [rows[place] for place in order]
     if missing:
