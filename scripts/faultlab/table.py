@@ -224,7 +224,7 @@ ROWS: tuple[Row, ...] = (
     Row("hostile manifests, plans and commits", 100_000, 300, _forged(forged_json.forged_json)),
     Row("hostile shards and other Arrow files", 100_000, 200, _forged(forged_arrow.forged_arrow)),
     Row("hostile folders: links, pipes, devices", 1000, 60, _traps),
-    Row("determinism: hash seed, locale, time zone, order, folder", 20, 2, _surroundings),
+    Row("determinism: hash seed, locale, time zone, order, ranks, folder", 20, 3, _surroundings),
     Row("determinism: the same, of a whole teacher pass", 4, 0, _passes_elsewhere),
     Row("teacher gone, network denied, a student trained", 1, 1, _teacher_gone),
 )
