@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from distilllens.calibration import calibration_order, write_sketches
 from distilllens.config import CacheTeacherConfig, save_config
 from distilllens.console import say
-from distilllens.free_space import folder_size, space_for
+from distilllens.free_space import Space, folder_size, space_for
 from distilllens.launch import join_ranks
 from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
 from distilllens.teacher_pass import TeacherPass
-from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
+from distilllens_cache import CacheError, CacheReader, CacheWriter, TailSpec, require_free, share_shards
 from distilllens_inspect.card import CARD, write_card
 
 DOUBT = 3
@@ -39,11 +39,18 @@ def run_cache_teacher(config: CacheTeacherConfig) -> Path:
         say(plan.examples.report())
         if config.dry_run:
             if ranks.is_main:
-                found, space = estimate(plan), space_for(config.output_dir)
-                print(describe(plan, found, space), flush=True)
-                space.require(found.num_bytes)
+                _tell_estimate(plan)
             return config.output_dir
         return write_cache(plan, ranks)
+
+
+def _tell_estimate(plan: Plan) -> None:
+    if not plan.to_write:
+        print(f"{plan.config.output_dir} holds all {plan.num_present} rows already: nothing to add")
+        return
+    found, space = estimate(plan), _space(plan)
+    print(describe(plan, found, space), flush=True)
+    space.require(found.num_bytes)
 
 
 def write_cache(plan: Plan, ranks: Ranks) -> Path:
@@ -124,7 +131,7 @@ def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
             seconds_to_come=SECONDS_TO_COME,
         )
     missing = writer.missing_sketches()
-    rows, config = plan.examples.examples, plan.config
+    rows, config = plan.examples.examples[: writer.num_calibration_examples], plan.config
     order = calibration_order(rows, num_targets=config.calibration_targets, seed=config.seed) if missing else []
     examples = [rows[place] for place in order]
     if missing:
@@ -135,9 +142,20 @@ def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
 
 def _require_space(plan: Plan) -> None:
     """`NoSpaceError` if the cache cannot fit. A sample is measured only where the settings alone leave a doubt."""
-    space = space_for(plan.config.output_dir)
-    if not space.fits(DOUBT * plan.examples.num_targets * bytes_per_target(plan.identity)):
+    space = _space(plan)
+    num_targets = sum(example.num_targets for example in plan.to_write)
+    if not space.fits(DOUBT * num_targets * bytes_per_target(plan.identity)):
         space.require(estimate(plan).num_bytes)
+
+
+def _space(plan: Plan) -> Space:
+    """The room for what the pass writes, to which a cache that it adds to does not belong."""
+    space = space_for(plan.config.output_dir)
+    with suppress(CacheError):  # without a manifest, all that an append adds is there
+        if plan.num_present:
+            of_cache = CacheReader(plan.config.output_dir).manifest.total_bytes
+            return replace(space, present=max(0, space.present - of_cache))
+    return space
 
 
 def _require_determinism(plan: Plan) -> None:

@@ -29,10 +29,11 @@ def require_device_map(text: str) -> None:
     parse_device_map(text)
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs the package accelerate: pip install 'distilllens[large]'")
-    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if num_here > 1 or int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    # Ranks that don't say how many of them share a machine may all be on one.
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    if num_here > 1:
         raise ValueError(
-            f"--device-map {text}: each of the {max(num_here, 2)} or more ranks on this machine would spread the "
-            f"teacher over the same devices. Start one rank on each machine (--nproc-per-node 1), or leave out "
-            f"--device-map where the teacher fits on one device"
+            f"--device-map {text}: each of {num_here} ranks on this machine would spread the teacher over the same "
+            f"devices. Start one rank on each machine (torchrun --nproc-per-node 1, srun --ntasks-per-node 1; "
+            f"LOCAL_WORLD_SIZE=1 says so), or leave out --device-map where the teacher fits on one device"
         )

@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "cpu": {"name": _cpu_name(), "num_cores": _num_cores()},
+        "cpu": {"name": _cpu_name(), "num_cores": len(os.sched_getaffinity(0))},
         "memory_gb": _memory_gb(),
         "gpus": gpus,
         "gpu_problem": gpu_problem,
@@ -96,12 +96,6 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _num_cores() -> int:
-    """Cores this process may use, which in a container can be fewer than the machine has."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _memory_gb() -> float | None:

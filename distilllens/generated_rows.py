@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distilllens.config import CacheTeacherConfig
 from distilllens.console import say
 from distilllens.data import Examples, Prompts, examples_digest, make_example
+from distilllens.free_space import space_for
 from distilllens.generate import Generation, Sampling, end_tokens, generate
 from distilllens.launch import is_distributed
-from distilllens.predictions import append_lines, settings_digest, write_text
+from distilllens.predictions import append_lines, differing, settings_digest, write_text
+from distilllens_cache import WriterLock, holding
 
 ANEW = "Use --overwrite to begin anew, or another --output-dir."
 
@@ -46,29 +48,54 @@ def generated_examples(
     *,
     teacher_digest: str,
     vocab_size: int,
+    bytes_per_target: float,
 ) -> Examples:
     """The prompts, each with what the teacher writes after it; what is written already is read.
 
-    A response is a function of teacher, prompt, settings and (seed, row id) alone. ValueError where the file is of
-    other settings, or damaged, or where it is to be written by several ranks.
+    A response is a function of teacher, prompt, settings and (seed, row id) alone. Before the teacher writes any:
+    ValueError where the file is of other settings, or damaged, or where it is to be written by several ranks;
+    `NoSpaceError` where not even one token a response has room in the cache; `CacheError` where another run is at work.
     """
     file = responses_file(config.output_dir)
     settings = _settings(config, prompts, teacher_digest)
     found = [] if config.overwrite else _read(file, settings, prompts)
-    missing = prompts.prompts[len(found) :]
-    if missing and is_distributed():
+    num_missing = len(prompts) - len(found)
+    if not num_missing:
+        return _examples(config, prompts, found)
+    if is_distributed():
         raise ValueError(
             "--generate: one process writes the responses. Run the same command without the launcher until the teacher "
             "pass begins, then with it and without --overwrite"
         )
-    if missing and (config.dry_run or config.repair):
+    if config.dry_run or config.repair:
         raise ValueError(
-            f"{len(missing)} of {len(prompts)} responses are still to be written to {file}: run the same command "
+            f"{num_missing} of {len(prompts)} responses are still to be written to {file}: run the same command "
             f"without --{'dry-run' if config.dry_run else 'repair'} first"
         )
-    if missing:
-        say(f"The teacher writes {len(missing)} responses to {file}")
-        _begin(file, settings, found)
+    num_targets = sum(len(response.token_ids) for response in found) + num_missing
+    space_for(config.output_dir).require(round(num_targets * bytes_per_target))
+    with holding(config.output_dir) as lock:
+        found = [] if config.overwrite else _read(file, settings, prompts)  # another run may have been faster
+        _write(file, config, prompts, found, settings, lock, model=model, tokenizer=tokenizer, vocab_size=vocab_size)
+    return _examples(config, prompts, found)
+
+
+def _write(
+    file: Path,
+    config: CacheTeacherConfig,
+    prompts: Prompts,
+    found: list[Response],
+    settings: dict[str, Any],
+    lock: WriterLock,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> None:
+    """Have the teacher write what ``found`` lacks, and add it there and to the file."""
+    missing = prompts.prompts[len(found) :]
+    say(f"The teacher writes {len(missing)} responses to {file}")
+    _begin(file, settings, found)
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         do_sample=config.do_sample,
@@ -81,10 +108,10 @@ def generated_examples(
         some = missing[start : start + size]
         written = generate(model, tokenizer, some, sampling, seed=config.seed, vocab_size=vocab_size, ends=ends)
         new = [_response(prompt.id, generation) for prompt, generation in zip(some, written, strict=True)]
+        lock.require_held()
         append_lines(file, new)
         found += new
         say(f"{len(found)} of {len(prompts)} responses")
-    return _examples(config, prompts, found)
 
 
 def _response(id: str, generation: Generation) -> Response:
@@ -138,13 +165,8 @@ def _read(file: Path, settings: dict[str, Any], prompts: Prompts) -> list[Respon
         found = [Response.model_validate_json(line) for line in lines[1:]]
     except (ValueError, KeyError, TypeError, ValidationError):
         raise ValueError(f"{file} is no file of responses, or damaged. {ANEW}") from None
-    if there != settings:
-        differing = [
-            f"  {name}: there {there.get(name)!r}, now {settings.get(name)!r}"
-            for name in sorted({*there, *settings})
-            if there.get(name) != settings.get(name)
-        ]
-        raise ValueError(f"{file} holds responses of other settings:\n" + "\n".join(differing) + f"\n{ANEW}")
+    if differences := differing(there, settings):
+        raise ValueError(f"{file} holds responses of other settings:\n{differences}\n{ANEW}")
     if [response.id for response in found] != [prompt.id for prompt in prompts.prompts[: len(found)]]:
         raise ValueError(f"{file} holds responses of other rows. {ANEW}")
     return found

@@ -21,14 +21,21 @@ FIRST_PORT, PORTS = 20000, 10000
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of ``environment`` that say which rank this process is, in the names that torch reads.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: what torchrun and deepspeed set, else what follows from
-    srun's variables, else nothing, for a process alone. Raises ValueError where they contradict each other.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and, where it is known, LOCAL_WORLD_SIZE: what torchrun and
+    deepspeed set, else what follows from srun's variables, else nothing, for a process alone. Raises ValueError where
+    some are missing, or contradict each other.
     """
     found = _from_launcher(environment) or _from_slurm(environment)
     if not found:
         return {}
-    ranks = {name: int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if found[name].isdecimal()}
-    if len(ranks) < 3 or not 0 <= ranks["RANK"] < ranks["WORLD_SIZE"] or not found["MASTER_PORT"].isdecimal():
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    numbers = {name: int(found[name]) for name in names if found.get(name, "").isdecimal()}
+    local_size = numbers.get("LOCAL_WORLD_SIZE", numbers.get("WORLD_SIZE", 0))
+    if not (
+        len(numbers) == len(found) - 1  # all but the address are numbers
+        and numbers["RANK"] < numbers["WORLD_SIZE"]
+        and numbers["LOCAL_RANK"] < local_size <= numbers["WORLD_SIZE"]
+    ):
         said = ", ".join(f"{name}={value!r}" for name, value in found.items())
         raise ValueError(f"the launcher's variables make no sense together: {said}. Start with torchrun or srun")
     return found
@@ -40,23 +47,37 @@ def _from_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if name not in environment]:
         given = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
-        raise ValueError(f"{given} is set and {', '.join(missing)} is not: start with torchrun, deepspeed or srun")
-    return {"LOCAL_RANK": "0", **{name: environment[name] for name in (*names, "LOCAL_RANK") if name in environment}}
+        raise ValueError(
+            f"set by the launcher or by hand: {given}; not set: {', '.join(missing)}. Start with torchrun, deepspeed "
+            f"or srun, or set all of {', '.join(names)}"
+        )
+    # The deepspeed launcher has its own name for it.
+    local_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
+    return {
+        **{name: environment[name] for name in names},
+        "LOCAL_RANK": environment.get("LOCAL_RANK", "0"),
+        **({"LOCAL_WORLD_SIZE": local_size} if local_size else {}),
+    }
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
+    # Of the step where srun says it, else of the job.
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
+    names = names if environment.get(names[0]) else ("SLURM_NTASKS", "SLURM_TASKS_PER_NODE")
+    tasks, by_node = environment.get(names[0], "1"), environment.get(names[1], "")
     # The script of sbatch, outside srun, is one process of a job that has several tasks.
     is_script = "SLURM_STEP_ID" not in environment and "SLURM_SUBMIT_DIR" in environment
     if tasks == "1" or is_script or "SLURM_PROCID" not in environment:
         return {}
-    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    hosts = next((environment[name] for name in names if environment.get(name)), "")
+    lists = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    hosts = next((environment[name] for name in lists if environment.get(name)), "")
     port = FIRST_PORT + int(environment.get("SLURM_JOB_ID", "0")) % PORTS
+    local_size = tasks_on(int(environment.get("SLURM_NODEID", "0")), by_node)
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        **({} if local_size is None else {"LOCAL_WORLD_SIZE": str(local_size)}),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
@@ -66,6 +87,13 @@ def first_host(hosts: str) -> str:
     """The first of SLURM's hosts: ``gpu03`` of ``gpu[03-05,7],login1``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "") or "localhost"
+
+
+def tasks_on(node: int, counts: str) -> int | None:
+    """SLURM's number of tasks on a node, by its place: 1 on node 2 of ``4(x2),1``; None where ``counts`` lacks it."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    nodes = [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+    return nodes[node] if node < len(nodes) else None
 
 
 def join_ranks() -> None:

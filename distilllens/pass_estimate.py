@@ -24,10 +24,10 @@ EPOCHS = float(TrainConfig.model_fields["num_train_epochs"].default)
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a whole pass would take, extrapolated from a sample."""
+    """What a whole pass would take, extrapolated from a sample; with ``--append``, the pass over the rows it adds."""
 
     num_bytes: int
-    """Of the finished cache."""
+    """Of the finished cache, or of what an append adds to one."""
     bytes_per_target: float
     """Of what is stored of one target position at all layers."""
     pass_seconds: float
@@ -63,30 +63,30 @@ def extrapolate(plan: Plan, sample: Sample) -> Estimate:
     The teacher's part grows with the tokens, padding included; lens, top-k, codec and disk with the targets. Tail sums
     have a size of their own for every shard: it is that of the sample's sums, scaled to the shard's targets.
     """
-    examples, identity = plan.examples.examples, plan.identity
-    targets, tokens = plan.examples.num_targets, sum(example.num_tokens for example in examples)
+    examples, shards, identity = plan.to_write, plan.shards_to_write, plan.identity
+    targets, tokens = (sum(getattr(example, name) for example in examples) for name in ("num_targets", "num_tokens"))
     more_targets = targets / sample.num_targets
     budget = plan.config.batch_tokens
     padded = sum(
-        padded_tokens([examples[place].num_tokens for place in shard], token_budget=budget) for shard in plan.shards
+        padded_tokens([plan.examples.examples[place].num_tokens for place in shard], token_budget=budget)
+        for shard in shards
     )
     forward = sample.forward_seconds * padded / sample.padded_tokens
     of_lens = max(0.0, sample.pass_seconds - sample.forward_seconds)
     calibrated = min(identity.calibration_targets, targets) / sample.num_targets
-    seconds = (
-        forward
-        + (of_lens + sample.write_seconds) * more_targets
-        + sample.calibration_seconds * calibrated
-        + sample.fit_seconds
-    )
+    seconds = forward + (of_lens + sample.write_seconds) * more_targets
+    fixed_bytes = 0
+    if not plan.num_present:  # an append finds sketches and tokenizer there
+        seconds += sample.calibration_seconds * calibrated + sample.fit_seconds
+        fixed_bytes = sample.fixed_bytes
     headers = max(0.0, sample.header_bytes - TOKEN_BYTES * sample.num_tokens)
     size = (
-        sample.fixed_bytes
+        fixed_bytes
         + sample.target_bytes * more_targets
         + TOKEN_BYTES * tokens
-        + headers * len(plan.shards)
+        + headers * len(shards)
         + INDEX_BYTES * len(examples)
-        + tail_sum_bytes(sample, identity, targets=targets, num_shards=len(plan.shards))
+        + tail_sum_bytes(sample, identity, targets=targets, num_shards=len(shards))
     )
     return Estimate(
         num_bytes=round(size),
@@ -117,17 +117,20 @@ def tail_sum_bytes(sample: Sample, identity: Identity, *, targets: int, num_shar
 
 def describe(plan: Plan, found: Estimate, space: Space) -> str:
     """The estimate for people, a fact a line."""
-    examples, layers = plan.examples.examples, plan.identity.layers
+    examples, layers = plan.to_write, plan.identity.layers
     tokens = sum(example.num_tokens for example in examples)
     there = f", {decimal(space.present)} there already" if space.present else ""
     fits = "" if space.fits(found.num_bytes) else ": it does not fit"
+    rows, size = f"{len(examples)} of {plan.examples.num_rows}", decimal(found.num_bytes)
+    if plan.num_present:
+        rows, size = f"{len(examples)} more, after {plan.num_present} in the cache", f"{size} more"
     facts = {
-        "rows": f"{len(examples)} of {plan.examples.num_rows}",
+        "rows": rows,
         "tokens": f"{tokens}",
-        "target positions": f"{plan.examples.num_targets}",
+        "target positions": f"{sum(example.num_targets for example in examples)}",
         "layers": ", ".join(map(str, layers)),
-        "shards": f"{len(plan.shards)}",
-        "bytes": f"about {decimal(found.num_bytes)} ({found.bytes_per_target / len(layers):.0f} per target and layer)",
+        "shards": f"{len(plan.shards_to_write)}",
+        "bytes": f"about {size} ({found.bytes_per_target / len(layers):.0f} per target and layer)",
         "free space": f"{decimal(space.free)} in {space.parent}{there}{fits}",
         "time": f"about {_duration(found.pass_seconds)} on this machine ({tokens / found.pass_seconds:.0f} tokens/s)",
         "break-even": _break_even(found),

@@ -26,7 +26,16 @@ from distilllens.vocabulary import (
 )
 from distilllens.weights_digest import weights_digest
 from distilllens.widths import Width
-from distilllens_cache import FORMAT_VERSION, Identity, PlannedExample, TailSpec, cut_of, parse_tail_spec, plan_shards
+from distilllens_cache import (
+    FORMAT_VERSION,
+    Identity,
+    PlannedExample,
+    TailSpec,
+    cut_of,
+    parse_tail_spec,
+    plan_shards,
+    require_writable,
+)
 
 DEFAULT_RANK = 64
 """Directions of the final layer's sketch, where nothing else is asked for."""
@@ -46,6 +55,18 @@ class Plan:
     identity: Identity
     shards: list[range]
     tokenizer_files: Path
+    num_present: int = 0
+    """Examples of the cache in the output folder, to which ``--append`` adds the others."""
+
+    @property
+    def to_write(self) -> list[Example]:
+        """The examples that the pass is over: all, or those that ``--append`` adds."""
+        return self.examples.examples[self.num_present :]
+
+    @property
+    def shards_to_write(self) -> list[range]:
+        """Their shards, by place among all examples."""
+        return [shard for shard in self.shards if shard.start >= self.num_present]
 
 
 def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
@@ -82,11 +103,6 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     check_lens(model, lens)
     store_tail = stored_tails(config.store_tail, layers, lens)
     has_sketch = any(spec.sketch for spec in store_tail.values())
-    if examples is None:
-        assert prompts is not None
-        examples = generated_examples(
-            config, prompts, model.eval(), tokenizer, teacher_digest=teacher_digest, vocab_size=vocab_size
-        )
     save_tokenizer(tokenizer, tokenizer_files)
     (tokenizer_files / "template.txt").write_text(template.source, encoding="utf-8")
     identity = Identity(
@@ -103,7 +119,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         tokenizer_digest=tokenizer_digest(tokenizer),
         template_digest=template.digest,
         vocab_size=vocab_size,
-        dataset_digest=examples.digest,
+        dataset_digest="" if examples is None else examples.digest,
         layers=layers,
         lens_norm=config.lens_norm,
         top_k={layer: width.max_k for layer, width in widths.items()},
@@ -119,15 +135,44 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         seed=config.seed,
     )
     teacher = TeacherPass(model, lens, widths, store_tail, temperature=config.temperature, seed=config.seed)
-    return Plan(config, teacher, examples, identity, cut_into_shards(config, examples, identity), tokenizer_files)
+    if config.append is not None or config.generate:  # what a writer would refuse after all that follows
+        require_writable(config.output_dir, identity, overwrite=config.overwrite, append=config.append is not None)
+    if prompts is not None:
+        examples = generated_examples(
+            config,
+            prompts,
+            model.eval(),
+            tokenizer,
+            teacher_digest=teacher_digest,
+            vocab_size=vocab_size,
+            bytes_per_target=bytes_per_target(identity),
+        )
+        identity = identity.model_copy(update={"dataset_digest": examples.digest})
+    assert examples is not None
+    done = cut_already(config, len(examples.examples))
+    return Plan(
+        config,
+        teacher,
+        examples,
+        identity,
+        cut_into_shards(config, examples, identity, done),
+        tokenizer_files,
+        num_present=done[-1].stop if done and config.append is not None else 0,
+    )
 
 
-def cut_into_shards(config: CacheTeacherConfig, examples: Examples, identity: Identity) -> list[range]:
-    """Which examples share a shard: as the plan in the output folder says, as far as it reaches, else by size."""
+def cut_already(config: CacheTeacherConfig, num_examples: int) -> list[range]:
+    """The shards in the output folder's plan, if it is one of these examples, or of the first of them."""
     done = [] if config.overwrite else cut_of(config.output_dir)
+    stop = done[-1].stop if done else 0
+    return done if stop == num_examples or (config.append is not None and stop < num_examples) else []
+
+
+def cut_into_shards(
+    config: CacheTeacherConfig, examples: Examples, identity: Identity, done: list[range]
+) -> list[range]:
+    """Which examples share a shard: those of ``done`` as they are cut, the others by size."""
     first = done[-1].stop if done else 0
-    if first != len(examples.examples) and (config.append is None or first > len(examples.examples)):
-        done, first = [], 0
     more = plan_shards(
         planned(examples.examples[first:]),
         examples_per_shard=config.examples_per_shard,

@@ -77,7 +77,7 @@ def padded_tokens(num_tokens: Sequence[int], *, token_budget: int) -> int:
 
 def run_sample(plan: Plan) -> Sample:
     """Measure a sample: 8 examples, and more while that takes less than two seconds. Nothing outside is written."""
-    examples, size = plan.examples.examples, FIRST_EXAMPLES
+    examples, size = plan.to_write, FIRST_EXAMPLES
     while True:
         chosen = choose_sample(examples, size)
         found = measure_sample(plan, chosen)

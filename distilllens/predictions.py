@@ -46,6 +46,17 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def differing(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """A line for each setting that is another now, settings within settings by their dotted names."""
+    # As JSON has them: a file tells no tuple from a list.
+    old, new = (_flat(json.loads(json.dumps(settings, allow_nan=False))) for settings in (there, now))
+    return "\n".join(
+        f"  {name}: there {_short(old.get(name))}, now {_short(new.get(name))}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    )
+
+
 class EvaluationFolder:
     """The output folder of one evaluation, identified by its settings.
 
@@ -111,18 +122,11 @@ class EvaluationFolder:
 
     def _compare(self) -> None:
         found = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))["settings"]
-        if settings_digest(found) == self.digest:
-            return
-        there, now = _flat(found), _flat(self.settings)
-        differences = [
-            f"  {name}: there {_short(there.get(name))}, now {_short(now.get(name))}"
-            for name in sorted({*there, *now})
-            if there.get(name) != now.get(name)
-        ]
-        raise ValueError(
-            f"{self.path} holds an evaluation with other settings. Use --overwrite to replace it, or another "
-            f"--output-dir.\n" + "\n".join(differences)
-        )
+        if differences := differing(found, self.settings):
+            raise ValueError(
+                f"{self.path} holds an evaluation with other settings. Use --overwrite to replace it, or another "
+                f"--output-dir.\n{differences}"
+            )
 
 
 def append_lines(file: Path, rows: Iterable[BaseModel]) -> None:

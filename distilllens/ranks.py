@@ -92,27 +92,17 @@ class Ranks:
             )
         return (
             f"{_named(missing)} of {self.world_size} did not come within {waited / 60:.0f} minutes. Start all ranks "
-            f"with the same command, WORLD_SIZE={self.world_size} and RANK from 0 to {self.world_size - 1}."
+            f"with the same command and one launcher, so that RANK is each number from 0 to {self.world_size - 1}."
         )
 
 
 def ranks_of_environment() -> Ranks:
-    """This process's rank as its launcher (torchrun, or RANK and WORLD_SIZE set by hand) tells it."""
-    try:
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        raise ValueError(
-            f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}: expected are two numbers"
-        ) from None
+    """This process's rank, once `launch.join_ranks` has checked and completed what the launcher says of it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Ranks()
-    if "RANK" not in os.environ or not 0 <= rank < world_size:
-        raise ValueError(
-            f"WORLD_SIZE={world_size} says that this is one of {world_size} processes, and RANK="
-            f"{os.environ.get('RANK', '')} not which: expected is a number from 0 to {world_size - 1}"
-        )
     run = " ".join(f"{name}={os.environ[name]}" for name in RUN_VARIABLES if name in os.environ)
-    return Ranks(rank, world_size, f"{world_size} ranks {run}".rstrip())
+    return Ranks(int(os.environ["RANK"]), world_size, f"{world_size} ranks {run}".rstrip())
 
 
 def _named(numbers: Iterable[int]) -> str:

@@ -6,14 +6,14 @@ from distilllens_cache.codec import CODECS, Codec
 from distilllens_cache.errors import CacheError
 from distilllens_cache.identity import READER_FIELDS, Identity, TokenizerIdentity, compare_identity
 from distilllens_cache.layout import FORMAT_VERSION
-from distilllens_cache.lock import ALONE, Seat, require_free
+from distilllens_cache.lock import ALONE, Seat, WriterLock, holding, require_free
 from distilllens_cache.manifest import FileRecord, LayerStats, Manifest, ShardRecord, SketchRecord
 from distilllens_cache.order import WINDOW_SHARDS, Order
 from distilllens_cache.plan import plan_shards, share_shards
 from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
 from distilllens_cache.repair import restore_plan
-from distilllens_cache.resume import cut_of
+from distilllens_cache.resume import cut_of, require_writable
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.spool import Spool
 from distilllens_cache.stream import CacheStream
@@ -66,14 +66,17 @@ __all__ = [
     "TailSpec",
     "TokenizerIdentity",
     "VerifyReport",
+    "WriterLock",
     "canary",
     "compare_identity",
     "cut_of",
     "example_digest",
+    "holding",
     "open_folder",
     "parse_tail_spec",
     "plan_shards",
     "require_free",
+    "require_writable",
     "restore_plan",
     "share_shards",
     "tail_profile",

@@ -14,6 +14,8 @@ SKETCHES = "sketches"
 CALIBRATION = "calibration.bin"
 MANIFEST = "manifest.json"
 DOOR = "writers.lock"
+CARD = "README.md"
+"""A dataset card beside the cache, which is for people. No part of it: only what a kill left of one is cleared."""
 
 MAX_SHARD_BYTES = 1 << 30
 """Largest file of targets or of tail rows, in bytes. A reader digests a whole shard before it parses it."""
@@ -35,7 +37,8 @@ SAFE_NAME = re.compile(rf"{_PART}(/{_PART}){{0,3}}", re.ASCII)
 OWN_FILE = re.compile(
     rf"({re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TAIL_SUMS)}|{re.escape(CALIBRATION)}"
     rf"|{SHARDS}/\d{{5,}}(\.arrow|\.tails\.arrow|\.tail_rows\.arrow|\.json)"
-    rf"|{SKETCHES}/layer_\d+(\.arrow|\.projection\.arrow|\.json))(\.tmp-\d+)?",
+    rf"|{SKETCHES}/layer_\d+(\.arrow|\.projection\.arrow|\.json))(\.tmp-\d+)?"
+    rf"|{re.escape(CARD)}\.tmp-\d+",
     re.ASCII,
 )
 """Files outside the tokenizer's folder that only a writer of caches makes."""

@@ -214,6 +214,21 @@ def lock_of(folder: Path, seat: Seat) -> WriterLock:
     return found
 
 
+@contextmanager
+def holding(folder: Path, seat: Seat = ALONE) -> Iterator[WriterLock]:
+    """Keep other runs out of ``folder``, which is made if need be, while what belongs to its cache is made elsewhere.
+
+    `CacheError` if another run is at work there, or nothing can be written there.
+    """
+    atomic.make_folder(folder)
+    lock = lock_of(folder, seat)
+    lock.enter(lambda: None)
+    try:
+        yield lock
+    finally:
+        lock.leave(is_done=True)
+
+
 def require_free(folder: Path, seat: Seat = ALONE) -> None:
     """`CacheError` if another run is surely at work in ``folder``: to be asked before anything costly."""
     lock = lock_of(folder, seat)

@@ -81,6 +81,8 @@ class ShardRecord(FileRecord):
 class SketchRecord(Record):
     """The sketch of one layer, and what its codes were computed with."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"num_examples"})
+
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
     """Directions."""
     bits: Literal[4, 8]
@@ -91,6 +93,8 @@ class SketchRecord(Record):
     """Logits x of the sketch stand for ``softcap * tanh(x / softcap)``, where there is one."""
     sketch: FileRecord
     projection: FileRecord
+    num_examples: Count = 0
+    """Where examples were added later: how many there were when the sketch was fitted, to some of them."""
 
     def check(self, layer: int, identity: Identity) -> None:
         """`CacheError` unless this is the sketch of ``layer`` that ``identity`` asks for."""
@@ -224,6 +228,11 @@ class Manifest(Record):
             raise ValueError(f"sketches of the layers {sorted(self.sketches)}, not {list(self.identity.sketch_layers)}")
         for layer, record in self.sketches.items():
             record.check(layer, self.identity)
+            if record.num_examples and record.num_examples >= self.num_examples:
+                raise ValueError(
+                    f"the sketch of layer {layer} has num_examples {record.num_examples}, as if more were added, and "
+                    f"there are {self.num_examples}"
+                )
         if tuple(sorted(self.layer_stats)) != self.identity.layers:
             raise ValueError(f"layer_stats has the layers {sorted(self.layer_stats)}, not {list(self.identity.layers)}")
         return self

@@ -1,4 +1,4 @@
-"""What of a damaged cache can be put right from the cache itself: its plan."""
+"""What of a damaged cache can be put right from the cache itself: its plan, and the commits of its sketches."""
 
 import hashlib
 from itertools import accumulate
@@ -8,8 +8,9 @@ from distilllens_cache import atomic, layout
 from distilllens_cache.cache_folder import open_folder
 from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain
-from distilllens_cache.manifest import Manifest, Plan, PlannedShard, from_bytes, to_bytes
+from distilllens_cache.manifest import Manifest, Plan, PlannedShard, SketchCommit, from_bytes, to_bytes
 from distilllens_cache.reader import read_manifest
+from distilllens_cache.resume import plan_digest
 
 _ANEW = "Pass --overwrite instead of --repair to delete this cache and start anew."
 
@@ -52,3 +53,26 @@ def restore_plan(folder: Path) -> bool:
         raise CacheError(f"{name} was not written for the plan that it describes. {_ANEW}")
     atomic.write_file(folder / layout.PLAN, data)
     return True
+
+
+def restore_commits(folder: Path, plan: Plan) -> None:
+    """Write missing or damaged commits of sketches again, as far as the manifest of ``plan`` is there to tell them.
+
+    A sketch whose own file is damaged has to be fitted anew, and its commit tells to which examples.
+    """
+    try:
+        manifest = from_bytes(Manifest, read_manifest(open_folder(folder)), name=layout.MANIFEST)
+    except CacheError:
+        return
+    if manifest.plan_sha256 != plan_digest(plan):
+        return
+    for layer, record in manifest.sketches.items():
+        name = layout.sketch_commit_name(layer)
+        data = to_bytes(SketchCommit(plan_sha256=manifest.plan_sha256, layer=layer, sketch=record))
+        try:
+            is_whole = read_plain(folder, name, max_bytes=layout.MAX_SIDECAR_BYTES) == data
+        except CacheError:
+            is_whole = False
+        if not is_whole:
+            atomic.make_folder(folder / layout.SKETCHES)
+            atomic.write_file(folder / name, data)

@@ -1,9 +1,10 @@
 """Whether a folder's plan is the one of this run, or the beginning of it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from distilllens_cache import folder as folder_state
 from distilllens_cache import layout
 from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain, read_recorded, record_of
@@ -13,6 +14,7 @@ from distilllens_cache.manifest import Plan, from_bytes, to_bytes
 from distilllens_cache.targets import PlannedExample
 
 _ANEW = "Choose another --output-dir, or pass --overwrite to delete this cache and start anew."
+_FIELDS_BUT_ROWS = [name for name in Identity.model_fields if name != "dataset_digest"]
 
 
 def read_plan(folder: Path) -> Plan:
@@ -39,19 +41,13 @@ def matching_plan(folder: Path, wanted: Plan, examples: Sequence[PlannedExample]
 
     Everything else is a `CacheError` that names each difference.
     """
-    try:
-        found = read_plan(folder)
-    except CacheError as error:
-        raise CacheError(f"{folder} cannot be continued: {error} {_ANEW}") from None
+    found = _continued(folder)
     is_longer = append and found.num_examples < len(examples)
     # What the dataset holds is what an append changes, and its examples are compared one by one.
-    fields = [name for name in Identity.model_fields if not (is_longer and name == "dataset_digest")]
-    if differences := compare_identity(found.identity, wanted.identity, fields):
-        lines = "\n  ".join(differences)
-        raise CacheError(
-            f"{folder} holds a cache of something else:\n  {lines}\n{_ANEW} "
-            f"To continue it, run with what it was made with{_to_append(folder, found, wanted, examples)}."
-        )
+    fields = _FIELDS_BUT_ROWS if is_longer else list(Identity.model_fields)
+    if compare_identity(found.identity, wanted.identity, fields):
+        hint = _to_append(folder, found, wanted, examples)
+        _require_identity(folder, found, wanted.identity, fields, hint=hint)
     example = _differing_example(folder, found, wanted, examples, is_longer=is_longer)
     if example is not None:
         raise CacheError(f"{folder} holds a cache of other examples: {example}. {_ANEW}")
@@ -64,11 +60,39 @@ def matching_plan(folder: Path, wanted: Plan, examples: Sequence[PlannedExample]
     return found
 
 
+def require_writable(folder: Path, identity: Identity, *, overwrite: bool = False, append: bool = False) -> None:
+    """`CacheError` if a writer would refuse ``folder`` whatever its examples are. Nothing is changed.
+
+    To be asked before the examples are made, where that is costly: all but their digest is compared.
+    """
+    folder_state.check(folder)
+    if overwrite:
+        return
+    folder_state.require_plan(folder, append=append)
+    if (folder / layout.PLAN).exists():
+        _require_identity(folder, _continued(folder), identity, _FIELDS_BUT_ROWS)
+
+
+def _continued(folder: Path) -> Plan:
+    try:
+        return read_plan(folder)
+    except CacheError as error:
+        raise CacheError(f"{folder} cannot be continued: {error} {_ANEW}") from None
+
+
+def _require_identity(folder: Path, found: Plan, wanted: Identity, fields: Collection[str], *, hint: str = "") -> None:
+    if differences := compare_identity(found.identity, wanted, fields):
+        lines = "\n  ".join(differences)
+        raise CacheError(
+            f"{folder} holds a cache of something else:\n  {lines}\n{_ANEW} "
+            f"To continue it, run with what it was made with{hint}."
+        )
+
+
 def _to_append(folder: Path, found: Plan, wanted: Plan, examples: Sequence[PlannedExample]) -> str:
     """What else a user may have wanted whose rows begin with those of the cache."""
     is_longer = found.num_examples < len(examples)
-    others = [name for name in Identity.model_fields if name != "dataset_digest"]
-    if not is_longer or compare_identity(found.identity, wanted.identity, others):
+    if not is_longer or compare_identity(found.identity, wanted.identity, _FIELDS_BUT_ROWS):
         return ""
     is_other = _differing_example(folder, found, wanted, examples, is_longer=True) is not None
     return "" if is_other else "; the rows of this run begin with those of the cache: --append adds the others"

@@ -24,14 +24,19 @@ _SHA256_BYTES = 32
 class SketchStore:
     """What a writer knows of the sketches of its plan, and the scratch file of the pass that makes them."""
 
-    def __init__(self, folder: Path, identity: Identity, plan_sha256: str, *, base_sha256: str | None = None) -> None:
-        """``base_sha256`` is the plan of a cache that this one is made from by adding examples."""
+    def __init__(
+        self, folder: Path, identity: Identity, plan_sha256: str, *, base: tuple[str, int] | None = None
+    ) -> None:
+        """``base`` is the plan of a cache that this one is made from by adding examples, and how many that one has."""
         self._folder = folder
         self._identity = identity
         self._plan_sha256 = plan_sha256
-        self._base_sha256 = base_sha256
+        self._base_sha256, self._num_base = base or (None, 0)
         self.records: dict[int, SketchRecord] = {}
         """By layer, ascending: sketches that are written and whose files are as they were."""
+        known = (self._record(layer) for layer in identity.sketch_layers)
+        self.num_examples = next((record.num_examples for record in known if record is not None), 0)
+        """The first so many examples were there when the sketches were fitted; 0 if all were."""
         self.look_again()
         self._clean_up()
 
@@ -47,7 +52,10 @@ class SketchStore:
 
     def digest(self, plan_sha256: str | None = None) -> str | None:
         """What a sidecar of a plan (default: this one) says about the sketches its codes belong to."""
-        return sketches_digest(self.records, plan_sha256=plan_sha256 or self._plan_sha256)
+        records = self.records
+        if plan_sha256 is not None and plan_sha256 == self._base_sha256:
+            records = {layer: _of_all(record, self._num_base) for layer, record in records.items()}
+        return sketches_digest(records, plan_sha256=plan_sha256 or self._plan_sha256)
 
     def adopt(self) -> None:
         """Write the commits of all sketches anew, for this plan in place of the one that it is made from."""
@@ -78,6 +86,7 @@ class SketchStore:
             softcap=sketch.softcap,
             sketch=record_of(sketch_name, sketch_data),
             projection=record_of(projection_name, projection_data),
+            num_examples=self.num_examples,
         )
         for file in (record.sketch, record.projection):
             if file.size > layout.MAX_FILE_BYTES:
@@ -126,16 +135,31 @@ class SketchStore:
 
     def _committed(self, layer: int) -> SketchRecord | None:
         """The record of a sketch whose files are all as it says; None if it has to be written."""
+        record = self._record(layer)
+        try:
+            for file in () if record is None else (record.sketch, record.projection):
+                read_recorded(self._folder, file, max_bytes=layout.MAX_FILE_BYTES)
+        except CacheError:
+            return None
+        return record
+
+    def _record(self, layer: int) -> SketchRecord | None:
+        """What the commit of a sketch says, in the words of this plan; None without a sound one of this or the base."""
         try:
             commit = read_commit(self._folder, layer)
             commit.sketch.check(layer, self._identity)
-            if commit.plan_sha256 not in (self._plan_sha256, self._base_sha256) or commit.layer != layer:
-                return None
-            for record in (commit.sketch.sketch, commit.sketch.projection):
-                read_recorded(self._folder, record, max_bytes=layout.MAX_FILE_BYTES)
         except CacheError:
             return None
-        return commit.sketch
+        if commit.plan_sha256 not in (self._plan_sha256, self._base_sha256) or commit.layer != layer:
+            return None
+        if commit.plan_sha256 == self._plan_sha256 or commit.sketch.num_examples:
+            return commit.sketch
+        return commit.sketch.model_copy(update={"num_examples": self._num_base})
+
+
+def _of_all(record: SketchRecord, num_examples: int) -> SketchRecord:
+    """A record as it was when there were only ``num_examples``: fitted to all of them, if not to fewer."""
+    return record.model_copy(update={"num_examples": 0}) if record.num_examples == num_examples else record
 
 
 def read_commit(folder: Path, layer: int) -> SketchCommit:

@@ -70,14 +70,9 @@ def verify_cache(
     """Check every file of a cache: digests, schema, meaning, sums, canary. A bad cache never raises.
 
     Shards are checked by ``workers`` threads at a time (default: one for each core); the report does not
-    depend on how many.
+    depend on how many. Each holds one decoded shard: up to about 0.7 GB.
     """
-    return _Check(open_folder(folder).anew(), progress, workers or num_cores()).run()
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _Check(open_folder(folder).anew(), progress, workers or len(os.sched_getaffinity(0))).run()
 
 
 class _Notes:
@@ -219,20 +214,19 @@ class _Check(_Notes):
             self.note(layout.MANIFEST, "its layer statistics are not the sums of those of the shards")
 
     def _checked_shards(self, reader: CacheReader) -> Iterator[_ShardNotes]:
-        """What was found of each shard, in order; a few shards ahead are in memory.
+        """What was found of each shard, in order; no more than ``workers`` of them are in memory.
 
         Threads, since most of the time goes into decompression, digests and numpy, which let go of Python's
         lock, and since what comes back is large.
         """
         shards = reader.manifest.shards
         seen = np.cumsum([0, *(shard.num_targets for shard in shards)])
-        ahead = 2 * self.workers if self.workers > 1 else 1
         with ThreadPoolExecutor(self.workers) as pool:
             waiting: deque[Future[_ShardNotes]] = deque()
             for number in range(len(shards)):
                 for_canary = bool(seen[number] < CANARY_TARGETS)
                 waiting.append(pool.submit(_check_shard, reader, number, for_canary=for_canary))
-                if len(waiting) >= ahead:
+                if len(waiting) >= self.workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -25,6 +25,7 @@ from distilllens_cache.manifest import (
     from_bytes,
     to_bytes,
 )
+from distilllens_cache.repair import restore_commits
 from distilllens_cache.resume import matching_plan, plan_digest
 from distilllens_cache.shard import Expected, encode_shard
 from distilllens_cache.shard_store import ShardStore
@@ -91,9 +92,7 @@ class CacheWriter:
         )
         folder_state.check(self.folder)
         if not overwrite:
-            folder_state.require_plan(self.folder)
-        if append and not (self.folder / layout.PLAN).exists():
-            raise CacheError(f"{self.folder} holds no cache to add examples to: make it first, without --append.")
+            folder_state.require_plan(self.folder, append=append)
         atomic.make_folder(self.folder)
         self.lock = lock_of(self.folder, seat)
         """Who else is at work in the folder."""
@@ -121,6 +120,11 @@ class CacheWriter:
     def missing_sketches(self) -> list[int]:
         """Layers whose sketch is still to be written, ascending."""
         return self._sketches.missing()
+
+    @property
+    def num_calibration_examples(self) -> int:
+        """The sketches are fitted to some of the first so many examples: those that were there before any append."""
+        return self._sketches.num_examples or len(self._examples)
 
     def sketches(self) -> dict[int, tuple[Sketch, Projection]]:
         """The sketches that are written, by layer, read and checked anew; empty if none are stored."""
@@ -243,6 +247,7 @@ class CacheWriter:
         if not overwrite and (self.folder / layout.PLAN).exists():
             found = matching_plan(self.folder, self._plan, self._examples, append=append)
             folder_state.clear(self.folder, temporary_only=True)
+            restore_commits(self.folder, found)
         else:
             folder_state.clear(self.folder, temporary_only=False)
             atomic.write_file(self.folder / layout.PLAN, to_bytes(self._plan))
@@ -261,8 +266,8 @@ class CacheWriter:
         else:
             self._plan = found
         self._plan_sha256 = plan_digest(self._plan)
-        base_sha256 = None if self._base is None else self._base[0]
-        self._sketches = SketchStore(self.folder, self.identity, self._plan_sha256, base_sha256=base_sha256)
+        base = None if self._base is None else (self._base[0], found.num_examples)
+        self._sketches = SketchStore(self.folder, self.identity, self._plan_sha256, base=base)
         self._shards = ShardStore(self.folder, self._plan, self._plan_sha256, self._sketches, base=self._base)
         num_base = 0 if self._base is None else self._base[1]
         if num_base and (self._sketches.missing() or min(self._shards.missing(), default=num_base) < num_base):

@@ -4,6 +4,7 @@ import os
 import random
 import runpy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from distilllens_cache import (
     Identity,
     PlannedExample,
     Projection,
+    Seat,
     Sketch,
     example_digest,
     layout,
@@ -99,6 +101,23 @@ class Material:
         with self.writer(folder, overwrite=overwrite) as writer:
             self._finish(writer, order)
 
+    def write_by(self, world_size: int, folder: Path, *, order: random.Random) -> None:
+        """Write all of it by so many ranks, each a share of the shards, in a random order."""
+        seats = [Seat(rank, world_size, "one") for rank in range(world_size)]
+        with ExitStack() as stack:
+            writers = [stack.enter_context(self.writer(folder, seat=seat)) for seat in seats]
+            for layer in writers[0].missing_sketches():
+                writers[0].write_sketch(layer, *self.sketches[layer])
+            for writer in writers[1:]:
+                writer.look_again()
+            missing = writers[0].unfinished()
+            order.shuffle(missing)
+            for place, number in enumerate(missing):
+                self._write_shard(writers[place % world_size], number)
+            for writer in writers:
+                writer.look_again()
+                writer.finish()
+
     def _finish(self, writer: CacheWriter, order: random.Random | None) -> None:
         for layer in writer.missing_sketches():
             writer.write_sketch(layer, *self.sketches[layer])
@@ -106,9 +125,12 @@ class Material:
         if order is not None:
             order.shuffle(missing)
         for number in missing:
-            part = self.shards[number]
-            writer.write_shard(number, self.examples[part.start : part.stop], self.tails[number] or None)
+            self._write_shard(writer, number)
         writer.finish()
+
+    def _write_shard(self, writer: CacheWriter, number: int) -> None:
+        part = self.shards[number]
+        writer.write_shard(number, self.examples[part.start : part.stop], self.tails[number] or None)
 
 
 def handmade(folder: Path, *, codec: str, size: str = "small") -> Path:

@@ -1,4 +1,4 @@
-"""The same cache written under another hash seed, locale, time zone, order of shards, and folder."""
+"""The same cache written under another hash seed, locale, time zone, order of shards, number of ranks, and folder."""
 
 import os
 import pickle
@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[2]
 LOCALES = ("C", "C.UTF-8", "POSIX", "de_DE.UTF-8", "tr_TR.UTF-8", "ja_JP.eucJP")
 ZONES = ("UTC", "Asia/Kathmandu", "America/St_Johns", "Pacific/Kiritimati", "XXX-25")
 FOLDERS = ("a", "é ü", "deep/er/still", "with space", "x" * 100)
+MOST_RANKS = 3
 CODE = """
 import pickle, random, sys
 material = pickle.load(sys.stdin.buffer)
 from pathlib import Path
-material.write(Path(sys.argv[1]), order=random.Random(int(sys.argv[2])))
+material.write_by(int(sys.argv[3]), Path(sys.argv[1]), order=random.Random(int(sys.argv[2])))
 """
 
 
@@ -32,7 +33,7 @@ class Surroundings(Writing):
         rng = rng_of(self.seed, "surroundings", number)
         folder = Path(mkdtemp(dir=self.scratch), rng.choice(FOLDERS), rng.choice(FOLDERS))
         ended = subprocess.run(
-            [sys.executable, "-c", CODE, folder, str(number)],
+            [sys.executable, "-c", CODE, folder, str(number), str(1 + number % MOST_RANKS)],
             input=pickle.dumps(self.material),
             env=os.environ | draw(rng) | {"PYTHONPATH": os.pathsep.join(map(str, paths()))},
             capture_output=True,

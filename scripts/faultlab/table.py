@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +32,12 @@ class Bench:
     seed: int = 0
     workers: int = 1
     more: Sequence[Path] = ()
-    """Finished caches beside the handmade ones."""
+    """Finished caches beside the handmade ones, of which the first is what disturbed writers replay."""
     progress: Callable[[int], None] | None = None
     until: float = math.inf
     """When to start no more trials, by `time.monotonic`."""
+    used: set[str] = field(default_factory=set)
+    """Names of the caches that trials were about; none if each made its own."""
 
     @cached_property
     def tiny(self) -> tuple[Path, ...]:
@@ -55,17 +57,22 @@ class Bench:
     @cached_property
     def mixed(self) -> tuple[Path, ...]:
         """The small caches, and now and then a large one."""
+        self.used |= {folder.name for folder in self.more}
         return (*self.small * 4, self.large, *self.more)
 
     @property
     def replayed(self) -> Path:
         """What disturbed writers write."""
-        return self.more[0] if self.more else self.small[1]
+        if not self.more:
+            return self.small[1]
+        self.used.add(self.more[0].name)
+        return self.more[0]
 
     def run(self, trial: Trial, numbers: Sequence[int], *, memory_mb: int = 768) -> Tally:
         return run(trial, numbers, workers=self.workers, memory_mb=memory_mb, until=self.until, progress=self.progress)
 
     def _made(self, codecs: Sequence[str], size: str) -> tuple[Path, ...]:
+        self.used.add("handmade")
         made = [self.scratch / f"{size}-{codec}" for codec in codecs]
         for folder, codec in zip(made, codecs, strict=True):
             handmade(folder, codec=codec, size=size)
@@ -217,7 +224,7 @@ ROWS: tuple[Row, ...] = (
     Row("hostile manifests, plans and commits", 100_000, 300, _forged(forged_json.forged_json)),
     Row("hostile shards and other Arrow files", 100_000, 200, _forged(forged_arrow.forged_arrow)),
     Row("hostile folders: links, pipes, devices", 1000, 60, _traps),
-    Row("determinism: hash seed, locale, time zone, order, folder", 20, 2, _surroundings),
+    Row("determinism: hash seed, locale, time zone, order, ranks, folder", 20, 3, _surroundings),
     Row("determinism: the same, of a whole teacher pass", 4, 0, _passes_elsewhere),
     Row("teacher gone, network denied, a student trained", 1, 1, _teacher_gone),
 )

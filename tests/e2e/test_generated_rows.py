@@ -1,20 +1,26 @@
 """Sequence-level distillation: the teacher's own responses are what its cache and its students are made of."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from distilllens import free_space, generated_rows
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.config import CacheTeacherConfig, TrainConfig
 from distilllens.data import load_prompts
+from distilllens.free_space import NoSpaceError
 from distilllens.generate import Sampling, end_tokens, generate
 from distilllens.generated_rows import responses_file
 from distilllens.metrics import read_metrics
 from distilllens.models import load_model
 from distilllens.train import run_train
-from distilllens_cache import CacheReader
+from distilllens_cache import CacheError, CacheReader
+from faultlab.child import in_child
 
 
 @pytest.fixture
@@ -84,6 +90,58 @@ def test_several_ranks_do_not_write_one_file_of_responses(config, monkeypatch) -
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="one process writes the responses"):
         run_cache_teacher(config)
+
+
+def test_a_second_run_is_told_who_generates(config, monkeypatch) -> None:
+    """It is refused before it opens its teacher, and the first one is not disturbed."""
+    ended = []
+
+    def generate_beside_another_run(*arguments: Any, **settings: Any) -> Any:
+        ended.append(in_child(lambda: run_cache_teacher(config.model_copy(update={"teacher": "nowhere"}))))
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr(generated_rows, "generate", generate_beside_another_run)
+    run_cache_teacher(config)
+    assert len(ended) == 3
+    for one in ended:
+        assert one.how == "refused", one.text
+        assert f"is being written by another run: process {os.getpid()} on " in one.text
+    assert not list(config.output_dir.glob("*.lock"))
+
+
+def test_a_run_whose_seat_was_taken_away_adds_no_response(config, monkeypatch) -> None:
+    def generate_and_lose_the_seat(*arguments: Any, **settings: Any) -> Any:
+        (config.output_dir / "writer.0.lock").unlink()
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr(generated_rows, "generate", generate_and_lose_the_seat)
+    with pytest.raises(CacheError, match="no longer this run's"):
+        run_cache_teacher(config)
+    assert len(responses_file(config.output_dir).read_text().splitlines()) == 1
+
+
+def test_what_can_be_refused_is_refused_before_the_teacher_writes_anything(config, tmp_path, monkeypatch) -> None:
+    cache = run_cache_teacher(config)
+    written = responses_file(cache)
+    written.unlink()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(generated_rows, "generate", lambda *_, **__: pytest.fail("the teacher writes"))
+
+    def run(**changes: Any) -> None:
+        run_cache_teacher(config.model_copy(update=changes))
+
+    with pytest.raises(CacheError, match="top_k: cache has"):
+        run(top_k="8")
+    for overwrite in (False, True):
+        with pytest.raises(CacheError, match="holds something that is not a cache"):
+            run(output_dir=tmp_path / "mine", overwrite=overwrite)
+    with pytest.raises((CacheError, OSError), match=r"notes\.txt"):
+        run(output_dir=tmp_path / "mine" / "notes.txt" / "cache")
+    monkeypatch.setattr(free_space.shutil, "disk_usage", lambda path: SimpleNamespace(free=99))
+    with pytest.raises(NoSpaceError, match="has 99 bytes free"):
+        run(output_dir=tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "mine", "rows.jsonl"]
 
 
 def test_sampling_flags_without_generate_are_refused(tmp_path: Path) -> None:

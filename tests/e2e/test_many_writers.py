@@ -7,13 +7,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from distilllens import device_map, ranks
+from distilllens import device_map, free_space, ranks
 from distilllens.cache_teacher import run_cache_teacher, write_cache
 from distilllens.config import APPEND_DATASET, CacheTeacherConfig, load_config
+from distilllens.free_space import NoSpaceError
 from distilllens.pass_plan import Plan, open_plan
 from distilllens.ranks import Ranks, ranks_of_environment
 from distilllens_cache import CacheError, CacheReader, Seat, verify_cache
@@ -116,7 +118,7 @@ def test_a_rank_that_never_comes_is_not_awaited_for_ever(teacher, rows, tmp_path
     monkeypatch.setattr(ranks, "SECONDS_TO_COME", 0.2)
     monkeypatch.setattr(ranks, "SECONDS_IN_SILENCE", 0.0)
     plan = open_plan(config_of(teacher, rows, tmp_path / "cache", store_tail="none"), tmp_path / "tokenizer")
-    with pytest.raises(CacheError, match=r"rank 1 of 2 did not come within 0 minutes.*RANK from 0 to 1"):
+    with pytest.raises(CacheError, match=r"rank 1 of 2 did not come within 0 minutes.*RANK is each number from 0 to 1"):
         write_cache(plan, Ranks(0, 2, "one"))
     assert "Rank 0 waits for rank 1 to begin" in capsys.readouterr().err
 
@@ -140,20 +142,21 @@ def test_the_rank_is_the_launchers(monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE", *ranks.RUN_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     assert ranks_of_environment().seat == Seat()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="RANK= not which: expected is a number from 0 to 1"):
-        ranks_of_environment()
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     by_hand = ranks_of_environment()
     assert (by_hand.rank, by_hand.world_size) == (1, 2)
     monkeypatch.setenv("MASTER_PORT", "29501")
     assert ranks_of_environment().run != by_hand.run
-    monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        ranks_of_environment()
-    monkeypatch.setenv("RANK", "first")
-    with pytest.raises(ValueError, match="two numbers"):
-        ranks_of_environment()
+
+
+def test_ranks_by_hand_that_lack_a_variable_are_a_sentence(tmp_path, monkeypatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"RANK=0, WORLD_SIZE=2; not set: MASTER_ADDR, MASTER_PORT\. Start with"):
+        run_cache_teacher(CacheTeacherConfig(teacher="nowhere", dataset="nothing", output_dir=tmp_path / "cache"))
 
 
 @pytest.mark.slow
@@ -206,7 +209,7 @@ def test_a_device_map_that_cannot_be_is_a_sentence(teacher, rows, tmp_path, monk
     with pytest.raises(ValueError, match="--device cpu and --device-map auto: give one of them"):
         run(device_map="auto", device="cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="each of the 4 or more ranks on this machine"):
+    with pytest.raises(ValueError, match="each of 4 ranks on this machine"):
         run(device_map="auto")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(device_map.importlib.util, "find_spec", lambda name: None)
@@ -244,6 +247,41 @@ def test_rows_of_another_file_are_added(teacher, rows, halves, tmp_path, capsys)
     run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=str(new)))
     assert "nothing to do" in capsys.readouterr().out
     assert files_of(tmp_path / "cache") == after
+
+
+def test_a_dry_run_of_an_append_tells_what_is_added_and_writes_nothing(
+    teacher, rows, halves, tmp_path, capsys, monkeypatch
+) -> None:
+    old, new = halves
+
+    def told(**settings: Any) -> dict[str, str]:
+        capsys.readouterr()
+        run_cache_teacher(config_of(teacher, old, tmp_path / "cache", dry_run=True, append=str(new), **settings))
+        return {line[:19].strip(): line[19:] for line in capsys.readouterr().out.splitlines()}
+
+    with pytest.raises(CacheError, match="holds no cache to add examples to"):
+        told()
+    before = run_cache_teacher(config_of(teacher, old, tmp_path / "cache"))
+    files = files_of(before)
+    with pytest.raises(CacheError, match="top_k: cache has"):
+        told(top_k="8")
+    lines = told()
+    with monkeypatch.context() as full:
+        full.setattr(free_space.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(NoSpaceError):  # the old rows' bytes are no room for the new
+            told()
+    assert files_of(before) == files
+    run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=str(new)))
+    growth = sum(map(len, files_of(before).values())) - sum(map(len, files.values()))
+    shards = CacheReader(before).manifest.shards[4:]
+    assert lines["rows"] == "12 more, after 12 in the cache"
+    assert lines["shards"] == f"{len(shards)}"
+    assert lines["target positions"] == f"{sum(shard.num_targets for shard in shards)}"
+    size, unit, more, *_ = lines["bytes"].removeprefix("about ").split()
+    assert (unit, more) == ("kB", "more")
+    assert float(size) * 1000 == pytest.approx(growth, rel=0.4)
+    run_cache_teacher(config_of(teacher, old, tmp_path / "cache", append=str(new), dry_run=True))
+    assert "holds all 24 rows already: nothing to add" in capsys.readouterr().out
 
 
 def test_a_dataset_that_grew_gives_the_cache_of_the_whole(teacher, rows, halves, tmp_path) -> None:

@@ -151,19 +151,34 @@ def test_what_does_not_belong_to_the_cache_is_named_and_left(damaged) -> None:
     assert [problem.file for problem in verify_cache(damaged.output_dir).problems] == ["tokenizer"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("shards/00000.arrow", "shards/00005.arrow"),
+        ("sketches/layer_4.json",),
+        ("sketches/layer_4.arrow", "sketches/layer_4.json"),
+    ],
+)
 def test_a_cache_that_grew_is_repaired_by_the_command_that_made_it_grow(
-    config, damaged, tmp_path, tiny_rows, write_jsonl
+    config, damaged, tmp_path, tiny_rows, write_jsonl, names
 ) -> None:
+    """A sketch is fitted to the rows that it was fitted to before, so that all shards are kept."""
     more = write_jsonl(
         tmp_path / "more.jsonl", [row | {"instruction": "again " + row["instruction"]} for row in tiny_rows[:6]]
     )
     grown = damaged.model_copy(update={"append": str(more)})
     run_cache_teacher(grown.model_copy(update={"repair": False}))
     wanted = contents(grown.output_dir)
-    for name in ("shards/00000.arrow", "shards/00005.arrow"):
+    for name in names:
         flip(grown.output_dir / name)
+    before = states(grown.output_dir)
     run_repair(grown)
     assert contents(grown.output_dir) == wanted
+    after = states(grown.output_dir)
+    shards = {name for name in after if name.endswith(".arrow") and name.startswith("shards/")}
+    assert {name for name in shards if after[name] != before[name]} <= {
+        f"{name[:12]}{end}" for name in names for end in (".arrow", ".tails.arrow", ".tail_rows.arrow")
+    }
 
 
 def test_repair_is_for_one_process(damaged, monkeypatch) -> None:

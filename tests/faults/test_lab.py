@@ -28,6 +28,7 @@ from faultlab.material import Material, files_of, handmade
 from faultlab.outcome import Outcome, Tally
 from faultlab.pool import run
 from faultlab.seals import resealed
+from faultlab.table import ROWS, Bench, Row
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,22 @@ def test_no_trial_starts_after_the_time_is_over() -> None:
 def test_a_replay_gives_the_bytes_of_the_cache(cache: Path, tmp_path: Path) -> None:
     Material.of(cache).write(tmp_path / "again", order=random.Random(0))
     assert files_of(tmp_path / "again") == files_of(cache)
+
+
+REPLAYED = [
+    row for row in ROWS if row.name.startswith(("kill -9 at", "failing", "disk full", "races", "determinism: hash"))
+]
+
+
+@pytest.mark.parametrize("row", REPLAYED, ids=lambda row: row.name)
+def test_disturbed_writers_replay_the_cache_that_is_given(cache, tmp_path, monkeypatch, row: Row) -> None:
+    trials = []
+    monkeypatch.setattr(failures, "may_mount", lambda scratch: True)
+    monkeypatch.setattr(Bench, "run", lambda bench, trial, numbers, **_: trials.append(trial) or Tally())
+    bench = Bench(tmp_path, more=[cache])
+    row.run(bench, 1)
+    assert [trial.cache for trial in trials] == [cache]
+    assert bench.used == {cache.name}
 
 
 def test_resealed_files_are_sound_again(cache: Path, tmp_path: Path) -> None:

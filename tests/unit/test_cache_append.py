@@ -43,7 +43,14 @@ class Grown:
 
     def at_once(self, folder: Path) -> Path:
         """A cache of all examples, cut in the same way, that was never anything else."""
-        return self.all.write(folder, identity=self.identity)
+        with self.all.writer(folder, identity=self.identity) as writer:
+            if self.all.sketches:
+                writer._sketches.num_examples = 5  # the sketches are those of the first examples, and say so
+            for layer in writer.missing_sketches():
+                writer.write_sketch(layer, *self.all.sketches[layer])
+            self.all.write_shards(writer, writer.unfinished())
+            writer.finish()
+        return folder
 
 
 @pytest.fixture(params=[{}, SKETCHED], ids=["profile", "sketches and samples"])
@@ -82,6 +89,29 @@ def test_the_old_cache_can_be_read_and_verified_until_the_last_new_shard_is_writ
     assert verify_cache(folder).is_sound
     assert grown.old.writer(folder).finished  # a run that wants the old cache has nothing to do
     assert grown.writer(folder).unfinished() == []  # and the append goes on where it was
+
+
+@pytest.mark.parametrize("names", [("layer_4.json",), ("layer_4.arrow",), ("layer_4.projection.arrow", "layer_4.json")])
+def test_a_sketch_of_a_cache_that_grew_is_fitted_again_to_the_examples_it_was_fitted_to(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """Then it is the same sketch, and the shards with their codes are kept."""
+    grown = Grown(**SKETCHED)
+    grown.old.write(tmp_path / "cache")
+    wanted = files_of(grown.append(tmp_path / "cache"))
+    for name in names:
+        (tmp_path / "cache" / "sketches" / name).write_bytes(b"damaged")
+    writer = grown.writer(tmp_path / "cache", append=False)
+    assert writer.num_calibration_examples == 5
+    assert writer.missing_sketches() == ([] if names == ("layer_4.json",) else [4])
+    for layer in writer.missing_sketches():
+        writer.close()  # killed after the manifest was taken away, and begun again
+        writer = grown.writer(tmp_path / "cache", append=False)
+        assert writer.num_calibration_examples == 5
+        writer.write_sketch(layer, *grown.all.sketches[layer])
+    assert writer.unfinished() == []
+    writer.finish()
+    assert files_of(tmp_path / "cache") == wanted
 
 
 def test_the_same_append_again_has_nothing_to_do_and_the_next_one_adds_more(tmp_path: Path) -> None:

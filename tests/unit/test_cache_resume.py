@@ -218,10 +218,14 @@ def test_half_written_files_of_a_killed_writer_are_cleared(tmp_path: Path, cache
     folder = tmp_path / "cache"
     writer = cache.writer(folder)
     cache.write_shards(writer, [0])
-    for name in ("plan.json.tmp-1", "shards/00001.arrow.tmp-77", "tokenizer/tokenizer.json.tmp-5"):
+    torn = ("plan.json.tmp-1", "shards/00001.arrow.tmp-77", "tokenizer/tokenizer.json.tmp-5", "README.md.tmp-3")
+    for name in (*torn, "README.md", "notes.tmp-3"):
         (folder / name).write_bytes(b"torn")
     assert cache.writer(folder).unfinished() == [1]
-    assert not list(folder.rglob("*.tmp-*"))
+    cache.write(folder)
+    assert not any((folder / name).exists() for name in torn)
+    assert (folder / "README.md").exists()  # a card itself is no file of the writer's
+    assert (folder / "notes.tmp-3").exists()
 
 
 def test_a_start_killed_before_its_plan_was_whole_is_started_again(tmp_path: Path, cache: Any) -> None:

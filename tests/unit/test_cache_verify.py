@@ -2,6 +2,7 @@
 
 import runpy
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_shards_are_checked_at_the_same_time(folder: Path, monkeypatch: pytest.M
     assert verify_cache(folder, workers=2).is_sound
 
 
-def test_only_a_few_shards_are_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_shards_than_workers_are_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, original = [], verify._check_shard
 
     def check(reader: Any, number: int, **options: Any) -> Any:
@@ -80,5 +81,11 @@ def test_only_a_few_shards_are_in_memory_at_a_time(folder: Path, monkeypatch: py
 
     monkeypatch.setattr(verify, "_check_shard", check)
     seen = []
-    verify_cache(folder, lambda name, *_: seen.append(max(begun)) if name == "shards/00000.arrow" else None, workers=2)
-    assert seen[0] < 4
+
+    def progress(name: str, *_: int) -> None:
+        if name == "shards/00000.arrow":
+            time.sleep(0.05)  # time enough to begin all others
+            seen.append(max(begun))
+
+    verify_cache(folder, progress, workers=2)
+    assert seen == [1]

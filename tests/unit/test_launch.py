@@ -1,11 +1,15 @@
 """A process's place among ranks is a function of its environment."""
 
+import os
+from contextlib import nullcontext
+
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distilllens.cli import cli
+from distilllens.device_map import require_device_map
 from distilllens.launch import first_host, rank_environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
@@ -18,6 +22,9 @@ SRUN = {
 def test_what_a_launcher_says_is_taken() -> None:
     assert rank_environment(TORCHRUN) == TORCHRUN
     assert rank_environment({**TORCHRUN, **SRUN}) == TORCHRUN
+    here = {**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}
+    assert rank_environment(here) == here
+    assert rank_environment({**TORCHRUN, "LOCAL_SIZE": "2"}) == here  # as the deepspeed launcher calls it
 
 
 def test_what_srun_says_is_translated() -> None:
@@ -27,6 +34,44 @@ def test_what_srun_says_is_translated() -> None:
     step = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "gpu09"}
     assert rank_environment({**SRUN, **step})["WORLD_SIZE"] == "6"
     assert rank_environment({**SRUN, **step})["MASTER_ADDR"] == "gpu09"
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=4), st.booleans())
+def test_how_many_tasks_share_a_node_of_slurm_is_found(counts: list[tuple[int, int]], has_step: bool) -> None:
+    nodes = [tasks for tasks, times in counts for _ in range(times)]
+    text = ",".join(f"{tasks}(x{times})" if times > 1 else str(tasks) for tasks, times in counts)
+    job = {**SRUN, "SLURM_NTASKS": str(max(2, sum(nodes))), "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    if has_step:
+        job |= {"SLURM_STEP_NUM_TASKS": job["SLURM_NTASKS"], "SLURM_STEP_TASKS_PER_NODE": text}
+        job |= {"SLURM_NTASKS": "99", "SLURM_TASKS_PER_NODE": "99"}  # of the job, which may have other steps
+    else:
+        job["SLURM_TASKS_PER_NODE"] = text
+    for node, tasks in enumerate(nodes):
+        assert rank_environment({**job, "SLURM_NODEID": str(node)})["LOCAL_WORLD_SIZE"] == str(tasks)
+    assert "LOCAL_WORLD_SIZE" not in rank_environment({**job, "SLURM_NODEID": str(len(nodes))})
+
+
+@pytest.mark.parametrize(
+    ("said", "is_refused"),
+    [
+        ({**SRUN, "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"}, True),
+        ({**SRUN, "SLURM_TASKS_PER_NODE": "1(x4)", "SLURM_NODEID": "3", "SLURM_LOCALID": "0"}, False),
+        ({**TORCHRUN, "LOCAL_RANK": "0"}, True),  # all four may be on this machine
+        ({**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_ranks_that_share_a_machine_do_not_each_spread_a_teacher_over_it(
+    said: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    for name in os.environ:
+        if name.startswith(("SLURM_", "LOCAL_", "RANK", "WORLD_SIZE", "MASTER_")):
+            monkeypatch.delenv(name)
+    for name, value in rank_environment(said).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="ranks on this machine") if is_refused else nullcontext():
+        require_device_map("auto")
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -51,7 +96,11 @@ def test_a_process_alone_is_told_nothing(alone: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set and RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4; not set: RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2; not set: MASTER_ADDR, MASTER_PORT"),
+        ({**TORCHRUN, "LOCAL_RANK": "first"}, "LOCAL_RANK='first'"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK='1', LOCAL_WORLD_SIZE='1'"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "5"}, "make no sense together"),
         ({**TORCHRUN, "RANK": "4"}, "RANK='4', WORLD_SIZE='4'"),
         ({**TORCHRUN, "WORLD_SIZE": "four"}, "make no sense together"),
         ({**SRUN, "SLURM_PROCID": "9"}, "make no sense together"),

@@ -8,13 +8,13 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from distilllens_cache import CacheReader
+from distilllens_cache import CacheReader, layout
 from distilllens_cache.atomic import write_file
 from distilllens_inspect.console import bytes_text
 from distilllens_inspect.summary import Summary, identity_rows, summarize
 from distilllens_inspect.text import one_line
 
-CARD = "README.md"
+CARD = layout.CARD
 MARK = "<!-- Written by distilllens; a card without this line is never replaced. -->"
 SIZE_CATEGORIES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 DIGESTS = ("teacher digest", "config digest", "tokenizer digest", "template digest", "dataset digest", "cache digest")

@@ -118,7 +118,10 @@ def show(
 @inspect.command(short_help="Check every file; exit code 3 if one is bad.")
 @click.argument("cache", type=_Folder)
 @click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Shards checked at a time. Default: one a core."
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Shards checked, and held in memory, at a time. Default: one a core.",
 )
 @_as_json
 @click.pass_context
