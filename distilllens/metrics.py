@@ -122,9 +122,6 @@ class RunningSums:
         totals = self._engine.all_sum(torch.stack([*(self._sums[name] for name in names), tokens])).tolist()
         values = {f"train/{name}": total / self.num_targets for name, total in zip(names, totals, strict=False)}
         values = {"train/loss": values.pop("train/total"), **values}
-        lens = [value for name, value in values.items() if name.startswith("train/lens/")]
-        if lens and "train/lens" not in values:  # several teachers bring their weighted one
-            values["train/lens"] = sum(lens) / len(lens)
         values |= {
             "train/tokens_per_s": totals[-1] / self._seconds,
             "train/data_wait": self._waited / self._seconds,

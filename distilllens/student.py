@@ -46,7 +46,7 @@ class Student(nn.Module):
     ) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
-        ``lens/s:t`` is the divergence of a pair. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
+        ``lens/s:t`` is the divergence of a pair, ``lens`` their sum by shares, as the loss has it. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
         of the JSD over the whole vocabulary, which sparse targets do not determine. ``unsure/final`` and
         ``unsure/s:t`` count the positions beyond an entropy gate. ``kept_mass/s:t`` and ``student_mass/s:t`` are the
         teacher's and the student's probability of the kept tokens, and the same with ``final`` for the final layer,
@@ -74,10 +74,9 @@ class Student(nn.Module):
                 sums |= self._measure_lens(normed, batch, (student, teacher))
             return sums
         if not isinstance(batch, MixedBatch):
-            total, (sums,) = self._sums(
-                [self._parts(batch, _Rows(self.lens, hidden, batch), self.objective, lens_factor)]
-            )
-            return {"total": total, **sums}
+            own = self._parts(batch, _Rows(self.lens, hidden, batch), self.objective, lens_factor)
+            total, (sums,) = self._sums([own])
+            return {"total": total, **sums, **_lens_sum(self.objective, sums)}
         views, disagreement = batch.taught(vocab_size=self.lens.vocab_size)
         rows = [_Rows(self.lens, hidden, view.batch) for view in views]
         if batch.mix == "losses":
@@ -88,6 +87,7 @@ class Student(nn.Module):
             own = self._parts(view.batch, of_view, view.teaching.objective, lens_factor)
             parts.append([part.times(view.teaching.weight) for part in own])
         total, of_views = self._sums(parts)
+        of_views = [sums | _lens_sum(view.teaching.objective, sums) for view, sums in zip(views, of_views, strict=True)]
         return {"total": total, **combined(views, of_views, mix=batch.mix), **disagreement}
 
     def _parts(self, batch: Batch, rows: "_Rows", objective: Objective, lens_factor: float) -> list[Part]:
@@ -191,6 +191,12 @@ class _Rows:
     def of(self, batch: Batch) -> "_Rows":
         """The rows at other positions of the same states."""
         return _Rows(self._lens, self._hidden, batch)
+
+
+def _lens_sum(objective: Objective, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``lens``: the pairs' sums by their shares, as the loss has it; nothing where it has no pairs."""
+    shared = [share * sums[f"lens/{_name(pair)}"] for pair, share in objective.share_of_pair.items()]
+    return {"lens": torch.stack(shared).sum()} if shared else {}
 
 
 def _named(pair: tuple[int, int], value: Tensor, low: Tensor, slack: Tensor, *, is_jsd: bool) -> dict[str, Tensor]:

@@ -113,6 +113,16 @@ def test_each_pair_is_computed_from_its_own_layers(tiny_model) -> None:
     torch.testing.assert_close(sums["total"].detach(), wanted)
 
 
+@pytest.mark.parametrize("shares", [(), (0.9, 0.1)])
+def test_the_lens_sum_is_what_enters_the_loss(tiny_model, shares: tuple[float, ...]) -> None:
+    objective = dataclasses.replace(OBJECTIVE, shares=shares)
+    sums = build(tiny_model, objective=objective)(batch_of(examples()))
+    first, second = shares or (0.5, 0.5)
+    torch.testing.assert_close(sums["lens"], first * sums["lens/1:2"] + second * sums["lens/3:4"])
+    wanted = 0.4 * sums["ce"] + 0.6 * (sums["task"] + 0.7 * sums["lens"])
+    torch.testing.assert_close(sums["total"].detach(), wanted)
+
+
 def test_the_cross_entropy_is_that_of_transformers(tiny_model) -> None:
     student, batch = build(tiny_model), batch_of(examples())
     labels = torch.full_like(batch.input_ids, -100)
