@@ -46,11 +46,12 @@ class Student(nn.Module):
     ) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
-        ``lens/s:t`` is the divergence of a pair, ``lens`` their sum by shares, as the loss has it. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
-        of the JSD over the whole vocabulary, which sparse targets do not determine. ``unsure/final`` and
-        ``unsure/s:t`` count the positions beyond an entropy gate. ``kept_mass/s:t`` and ``student_mass/s:t`` are the
-        teacher's and the student's probability of the kept tokens, and the same with ``final`` for the final layer,
-        where the loss reads its targets. ``lens_factor`` scales the weight of the lens.
+        ``lens/s:t`` is the divergence of a pair, ``lens`` their sum by shares, as the loss has it. Where it is the JSD,
+        ``lens_low/s:t`` and ``lens_high/s:t`` are limits of the JSD over the whole vocabulary, which sparse targets do
+        not determine. ``unsure/final`` and ``unsure/s:t`` count the positions beyond an entropy gate.
+        ``kept_mass/s:t`` and ``student_mass/s:t`` are the teacher's and the student's probability of the kept tokens,
+        and the same with ``final`` for the final layer, where the loss reads its targets.
+        ``lens_factor`` scales the weight of the lens.
 
         With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``; with
         ``read`` what that makes of the batch, inside the call, where wrappers have gathered the weights.

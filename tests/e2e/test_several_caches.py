@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
 import distilllens.train as train_module
 from distilllens.cache_teacher import run_cache_teacher
@@ -160,6 +160,8 @@ def test_teachers_of_different_depths_are_losses_or_one_mixture_and_their_disagr
     assert losses["train/loss"] == pytest.approx(losses["train/task"] + losses["train/lens"], abs=1e-6)
     assert {f"train/{names[0]}/lens/2:2", f"train/{names[1]}/lens/2:3"} <= losses.keys()
     assert "train/lens/2:2" in mixed
+    state = TrainerState.load_from_json(str(tmp_path / "losses" / "checkpoint-1" / "trainer_state.json"))
+    assert losses.items() <= state.log_history[0].items()
 
 
 def test_one_cache_given_as_a_list_is_that_cache(student, make_cache, tmp_path) -> None:
