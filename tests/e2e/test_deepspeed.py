@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from distilllens.cache_teacher import run_cache_teacher
-from distilllens.checkpoint import checkpoints
 from distilllens.config import CacheTeacherConfig
 from distilllens.example_log import read_examples
 from distilllens.metrics import read_metrics
+from distilllens_inspect.run_files import checkpoints
 
 PROGRAM = Path(__file__).with_name("run_under_ranks.py")
 EXAMPLES_PER_STEP = 8

@@ -16,9 +16,10 @@ from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig, TrainConfig, load_config
 from distilllens.metrics import read_metrics
 from distilllens.models import load_model
-from distilllens.teacher_forced import score_against_cache
+from distilllens.teacher_forced import measured_student, score_against_cache
 from distilllens.train import run_train
 from distilllens.training_run import open_run
+from distilllens_cache import CacheReader
 
 pytest.importorskip("peft")
 
@@ -123,7 +124,8 @@ def test_training_goes_on_from_an_adapter_and_evaluation_reads_it(trained, cache
     scores = []
     for folder in (tmp_path / "more", trained / "merged", trained):
         config = TrainConfig(student=str(folder), cache=cache, output_dir=tmp_path / "x")
-        scores.append(score_against_cache(load_model(folder), open_run(config, start_from=None).tokenizer, cache))
+        reader, tokenizer = CacheReader(cache), open_run(config, start_from=None).tokenizer
+        scores.append(score_against_cache(*measured_student(load_model(folder), tokenizer, reader), reader))
     assert scores[0]["kl"] < scores[2]["kl"]
     assert scores[1]["kl"] == pytest.approx(scores[2]["kl"], abs=1e-4)
 
