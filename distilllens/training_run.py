@@ -27,7 +27,7 @@ from distilllens.models import load_model, load_tokenizer
 from distilllens.objective import Gate, Objective, Positions
 from distilllens.packing import check_packing, pack, wants_one_row
 from distilllens.self_check import check_alignment
-from distilllens.several_caches import check_layers, match_each, open_caches
+from distilllens.several_caches import check_teachings, match_each, open_caches
 from distilllens.student import Student
 from distilllens.tails import Tail
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
@@ -146,11 +146,12 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     identity = asked | opened.identity
     if adapter is not None:
         identity["lora_base"] = adapter.base_digest
+    lens = _lens_of(opened, evaluation)
     if config.packing:
-        check_packing(model, opened.lens)
+        check_packing(model, lens)
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
-    student = Student(model, opened.lens, opened.objective, chunk_rows=config.loss_chunk_rows)
+    student = Student(model, lens, opened.objective, chunk_rows=config.loss_chunk_rows)
     return TrainingRun(
         config, model, adapter, tokenizer, student, opened.source, opened.tails, evaluation, identity, opened.teachings
     )
@@ -207,11 +208,6 @@ def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrain
 def _from_caches(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Opened:
     caches = open_caches(config)
     matchings = match_each(caches, lambda reader: _match_for_loss(config, model, tokenizer, reader))
-    if config.method != "sft":
-        check_layers(caches, matchings)
-        for name, reader in zip(caches.names, caches.readers, strict=True):
-            sentence = check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch))
-            say(f"{name}: {sentence}")
     teachings, identities = [], []
     for name, reader, weight, matching in zip(caches.names, caches.readers, caches.weights, matchings, strict=True):
         objective = _objective_for(config, model, matching)
@@ -219,6 +215,11 @@ def _from_caches(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
         teachings.append(Teaching(name, in_loss, objective, _tails_read(objective, matching)))
         pairs = _pairs_and_shares(matching)
         identities.append({"digest": reader.digest, "weight": weight, "pairs": pairs, "tail": matching.tail})
+    check_teachings(caches, matchings, teachings)
+    if config.method != "sft":
+        for name, reader in zip(caches.names, caches.readers, strict=True):
+            sentence = check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch))
+            say(f"{name}: {sentence}")
     identity = {
         "caches": identities,
         "mix": caches.mix,
@@ -273,6 +274,24 @@ def _open_evaluation(
     reader = CacheReader(config.cache_folder(config.eval_cache))
     # What is reported is forward KL and JSD, whatever the loss.
     return Evaluation(reader, _match(config, model, tokenizer, reader))
+
+
+def _lens_of(opened: _Opened, evaluation: Evaluation | None) -> LogitLens:
+    """The student's one lens: where the loss reads no lens layer, that of the held-out rows.
+
+    ValueError where the loss and the held-out rows need different ones.
+    """
+    if evaluation is None:
+        return opened.lens
+    own, measured = opened.lens, evaluation.matching.lens
+    compared = ("vocab_size", "lens_norm") if opened.objective.lens_pairs else ("vocab_size",)
+    for name in compared:
+        if getattr(own, name) != getattr(measured, name):
+            raise ValueError(
+                f"--eval-cache {evaluation.reader.folder} has {name} {getattr(measured, name)!r}, and what is trained "
+                f"on has {getattr(own, name)!r}: cache the held-out rows as those"
+            )
+    return measured
 
 
 def _match_for_loss(
