@@ -79,14 +79,14 @@ def add_adapter(
     return LoraAdapter(adapted, weights_digest(source, revision))
 
 
-def continue_adapter(source: str | Path, *, attn_implementation: str) -> LoraAdapter:
-    """The adapters in a PEFT folder with the base that they name, to be trained on.
+def continue_adapter(folder: Path, *, name: str, attn_implementation: str) -> LoraAdapter:
+    """The adapters in a PEFT folder with the base that they name, to be trained on; errors call it ``name``.
 
     Raises ValueError where either cannot be loaded, where the base is not the one that they were trained on, and for
     adapters that are not LoRA.
     """
-    adapted = load_adapter(source, attn_implementation=attn_implementation, is_trainable=True)
+    adapted = load_adapter(folder, attn_implementation=attn_implementation, is_trainable=True, name=name)
     kind = adapted.peft_config["default"].peft_type
     if kind != "LORA":
-        raise ValueError(f"{source} holds an adapter of the kind {kind}; only LoRA adapters can be trained on")
-    return LoraAdapter(adapted, weights_digest(*adapter_base(Path(source))))
+        raise ValueError(f"{name} holds an adapter of the kind {kind}; only LoRA adapters can be trained on")
+    return LoraAdapter(adapted, weights_digest(*adapter_base(folder)))

@@ -22,8 +22,8 @@ from distilllens.lens_rows import LensRows, choose_lens_rows
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.mixed_batch import Teaching, Teachings, collate_mixed
 from distilllens.mixture import DataMixture, MixedExample
-from distilllens.model_source import source_kind
-from distilllens.models import load_model, load_tokenizer
+from distilllens.model_source import local_path, source_kind
+from distilllens.models import adapter_base, load_model, load_tokenizer
 from distilllens.objective import Gate, Objective, Positions
 from distilllens.packing import check_packing, pack, wants_one_row
 from distilllens.self_check import check_alignment
@@ -160,7 +160,8 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
 def _open_model(
     config: TrainConfig, source: str, revision: str | None, *, is_resumed: bool
 ) -> tuple[PreTrainedModel, LoraAdapter | None]:
-    is_adapter = source_kind(source) == "adapter"
+    path = local_path(source, revision=revision)
+    is_adapter = source_kind(path) == "adapter"
     if is_adapter and config.lora_r is not None and not is_resumed:
         raise ValueError(
             f"--student {source} is an adapter with a rank of its own: drop --lora-r to train it on, or give its base"
@@ -168,7 +169,10 @@ def _open_model(
     if config.lora_merge and config.lora_r is None and not is_adapter:
         raise ValueError(f"--lora-merge: {source} is no adapter and gets none; drop it, or give --lora-r")
     if is_adapter:
-        adapter = continue_adapter(source, attn_implementation=config.attn_implementation)
+        adapter = continue_adapter(path, name=source, attn_implementation=config.attn_implementation)
+        if not is_resumed:
+            base, _ = adapter_base(path)
+            say(f"{source} is a LoRA adapter of {base}: it is trained on, and the weights of its base stay as they are")
         return adapter.model, adapter
     model = load_model(source, revision=revision, attn_implementation=config.attn_implementation)
     if config.lora_r is None:

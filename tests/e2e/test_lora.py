@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -128,6 +129,22 @@ def test_training_goes_on_from_an_adapter_and_evaluation_reads_it(trained, cache
         scores.append(score_against_cache(*measured_student(load_model(folder), tokenizer, reader), reader))
     assert scores[0]["kl"] < scores[2]["kl"]
     assert scores[1]["kl"] == pytest.approx(scores[2]["kl"], abs=1e-4)
+
+
+def test_an_adapter_on_the_hub_is_trained_on_as_one_in_a_folder(trained, cache, tmp_path, monkeypatch, capsys) -> None:
+    repository = tmp_path / "hub" / "models--owner--adapter"
+    ignored = shutil.ignore_patterns("checkpoint-*", "merged")
+    shutil.copytree(trained, repository / "snapshots" / ("0" * 40), ignore=ignored)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    runs = {}
+    for name, student in (("folder", trained), ("hub", Path("owner/adapter"))):
+        runs[name] = train(student, cache, tmp_path / "runs" / name, max_steps=2)
+        assert re.search(rf"{student} is a LoRA adapter of \S+: it is trained on", capsys.readouterr().err)
+    assert [line["train/loss"] for line in runs["hub"]] == [line["train/loss"] for line in runs["folder"]]
+    mine, theirs = (adapter_weights(tmp_path / "runs" / name) for name in ("hub", "folder"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def _foreign_base(adapter: Path, tiny_model_folder) -> None:
