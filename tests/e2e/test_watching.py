@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
+import distilllens.trackers as trackers_module
 import distilllens.train as train_module
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.cli import main
@@ -15,6 +16,7 @@ from distilllens.config import CacheTeacherConfig, EvaluateConfig, TrainConfig
 from distilllens.evaluate import run_evaluate
 from distilllens.loss_watch import FEWEST, PATIENCE
 from distilllens.metrics import read_metrics
+from distilllens.trackers import TrackedRun, Tracker
 from distilllens.train import run_train
 from distilllens_inspect.run_files import read_run
 from distilllens_inspect.run_page import open_run_page
@@ -106,6 +108,34 @@ def test_transformers_opens_the_state_and_plot_tools_find_their_names(run) -> No
         assert entry["epoch"] == pytest.approx(entry["step"] * 4 / 24)
         if "loss" in entry:
             assert {"grad_norm", "learning_rate"} < entry.keys()
+
+
+class NotLoggedIn(Tracker):
+    """A service that refuses, after it has written to the run's folder."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        run.known_as("tensorboard", lambda: "new")
+        raise PermissionError("log in first")
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_tracker_that_cannot_start_costs_nothing_of_the_run_that_it_would_replace(
+    student, cache, tmp_path, monkeypatch
+) -> None:
+    train(student, cache, tmp_path / "run", max_steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setitem(trackers_module.KINDS, "tensorboard", NotLoggedIn)
+    again = {"report_to": "tensorboard", "overwrite": True, "max_steps": 2}
+    with pytest.raises(ValueError, match="--report-to tensorboard could not be started: log in first"):
+        train(student, cache, tmp_path / "run", **again)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    train(student, cache, tmp_path / "run", **again)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
 
 
 def test_tensorboard_has_the_lines_of_the_metrics(run) -> None:
