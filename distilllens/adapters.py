@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,18 +28,15 @@ class LoraAdapter:
         """The model itself, with adapters in the place of some of its modules."""
         return self._model.get_base_model()
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All weights, those of the base among them."""
-        return self._model.parameters()
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+        """The adapters' weights, without those of the base."""
+        weights = self._model.state_dict(keep_vars=keep_vars)
+        return {name: weight for name, weight in weights.items() if "lora_" in name}
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write a PEFT folder, and which base belongs to it."""
-        self._model.save_pretrained(str(folder), save_embedding_layers=False)
+    def save_pretrained(self, folder: Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a PEFT folder, with ``state_dict`` in place of its own if given, and which base belongs to it."""
+        self._model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
         (folder / BASE_FILE).write_text(json.dumps({"weights_digest": self.base_digest}) + "\n", encoding="utf-8")
-
-    def merge(self) -> PreTrainedModel:
-        """The model with its adapters merged into its weights; there is no adapter after that."""
-        return self._model.merge_and_unload()
 
 
 def add_adapter(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distilllens.config import TrainConfig
@@ -50,20 +50,21 @@ class RunState:
 class Saved(Protocol):
     """What is saved of a student: its model, or its adapters."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All its weights."""
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Its weights."""
         ...
 
-    def save_pretrained(self, folder: Path, /) -> Any:
-        """Write them to a folder."""
+    def save_pretrained(self, folder: Path, /, *, state_dict: Any = None) -> Any:
+        """Write them, or others in their place, to a folder."""
         ...
 
 
 def save_model(model: Saved, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: Engine) -> None:
     """A folder that ``AutoModelForCausalLM.from_pretrained`` loads, or a PEFT folder. Every rank calls it."""
-    with engine.whole_weights(model), quiet_libraries():
-        if engine.is_main:
-            model.save_pretrained(folder)
+    weights = engine.whole_weights(model)
+    if engine.is_main:
+        with quiet_libraries():
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
 
 

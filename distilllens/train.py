@@ -34,6 +34,7 @@ from distilllens.loss_watch import PATIENCE, running_median
 from distilllens.metrics import Metrics, RunningSums, history_entry
 from distilllens.mixed_batch import MixedBatch
 from distilllens.mixture import DataMixture, MixedReadAhead
+from distilllens.models import load_model
 from distilllens.replacing import replacing
 from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
@@ -187,12 +188,10 @@ def _save_student(run: TrainingRun, engine: Engine, state: RunState) -> None:
             take_student(best, config.output_dir)
     else:
         save_model(run.saved, run.tokenizer, config.output_dir, engine)
-    if run.adapter is not None and config.lora_merge:
-        with engine.whole_weights(run.adapter):
-            merged = run.adapter.merge()
-            if engine.is_main:
-                merged.save_pretrained(config.output_dir / MERGED)
-                run.tokenizer.save_pretrained(config.output_dir / MERGED)
+    if config.lora_merge and engine.is_main:
+        # From the files, as a user would: no rank need hold the whole base beside its own part.
+        load_model(config.output_dir).save_pretrained(config.output_dir / MERGED)
+        run.tokenizer.save_pretrained(config.output_dir / MERGED)
     engine.barrier()
     if selection is not None and selection.is_over(state.best):
         say(selection.verdict(state.best))
