@@ -47,6 +47,12 @@ def student(tiny_model_folder) -> Path:
     return tiny_model_folder("llama", num_layers=3, seed=1)
 
 
+@pytest.fixture(scope="module")
+def stranger(tiny_model_folder, tiny_chat_tokenizer) -> Path:
+    """A student with another tokenizer than the teacher's."""
+    return tiny_model_folder("llama", num_layers=3, tokenizer=tiny_chat_tokenizer)
+
+
 def configured(student: Path, cache: Path, folder: Path, **settings: object) -> TrainConfig:
     return TrainConfig(student=str(student), cache=cache, output_dir=folder, **{**TRAIN, **settings})
 
@@ -281,6 +287,12 @@ def test_the_page_of_a_run_shows_its_curves_and_both_lenses(run, capsys) -> None
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
+        (["--student", "{stranger}"], 1, "/cache has token ids of another tokenizer than the model's"),
+        (["--pairs", "7:2"], 1, "pair 7:2: the student has lens layers 1 to 2"),
+        (["--pairs", "1:3"], 1, "pair 1:3: the cache has no lens targets of teacher layer 3"),
+        (["--pairs", "1:2=0.7,2:2=0.6"], 1, "the shares sum to 1.3, not 1"),
+        (["--cache", "other", "--cache-weights", "0.7,0.2"], 1, "--cache-weights 0.7,0.2 sum to 0.9"),
+        (["--deepspeed", "{deepspeed}"], 1, "zero_optimization.overlap_coms is not a DeepSpeed key that train takes"),
         (["--device", "cuda:99"], 1, "--device cuda:99: this machine has"),
         (["--output-dir", "/proc/nothing/run"], 1, "--output-dir /proc/nothing/run cannot be written to"),
         (["--output-dir", "{rows}/run"], 1, "is a file; give another one"),
@@ -306,9 +318,11 @@ def test_the_page_of_a_run_shows_its_curves_and_both_lenses(run, capsys) -> None
     ],
 )  # fmt: skip
 def test_bad_input_is_a_sentence_before_any_training(
-    student, cache, rows, tmp_path, capsys, flags: list[str], code: int, sentence: str
+    student, stranger, cache, rows, tmp_path, capsys, flags: list[str], code: int, sentence: str
 ) -> None:
-    flags = [flag.format(rows=rows, cache=cache) for flag in flags]
+    deepspeed = tmp_path / "zero.json"
+    deepspeed.write_text(json.dumps({"zero_optimization": {"overlap_coms": True}}))
+    flags = [flag.format(rows=rows, cache=cache, stranger=stranger, deepspeed=deepspeed) for flag in flags]
     given = ["train", "--student", str(student), "--cache", str(cache), "--output-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as ended:
         main([*given, *flags])
