@@ -35,6 +35,7 @@ from distilllens.metrics import Metrics, RunningSums, history_entry
 from distilllens.mixed_batch import MixedBatch
 from distilllens.mixture import DataMixture, MixedReadAhead
 from distilllens.models import load_model
+from distilllens.quiet import quiet_libraries
 from distilllens.replacing import replacing
 from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
@@ -190,8 +191,9 @@ def _save_student(run: TrainingRun, engine: Engine, state: RunState) -> None:
         save_model(run.saved, run.tokenizer, config.output_dir, engine)
     if config.lora_merge and engine.is_main:
         # From the files, as a user would: no rank need hold the whole base beside its own part.
-        load_model(config.output_dir).save_pretrained(config.output_dir / MERGED)
-        run.tokenizer.save_pretrained(config.output_dir / MERGED)
+        with quiet_libraries():
+            load_model(config.output_dir).save_pretrained(config.output_dir / MERGED)
+            run.tokenizer.save_pretrained(config.output_dir / MERGED)
     engine.barrier()
     if selection is not None and selection.is_over(state.best):
         say(selection.verdict(state.best))
