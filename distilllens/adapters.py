@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,18 +28,15 @@ class LoraAdapter:
         """The model itself, with adapters in the place of some of its modules."""
         return self._model.get_base_model()
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All weights, those of the base among them."""
-        return self._model.parameters()
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, torch.Tensor]:
+        """The adapters' weights, without those of the base."""
+        weights = self._model.state_dict(keep_vars=keep_vars)
+        return {name: weight for name, weight in weights.items() if "lora_" in name}
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write a PEFT folder, and which base belongs to it."""
-        self._model.save_pretrained(str(folder), save_embedding_layers=False)
+    def save_pretrained(self, folder: Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write a PEFT folder, with ``state_dict`` in place of its own if given, and which base belongs to it."""
+        self._model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
         (folder / BASE_FILE).write_text(json.dumps({"weights_digest": self.base_digest}) + "\n", encoding="utf-8")
-
-    def merge(self) -> PreTrainedModel:
-        """The model with its adapters merged into its weights; there is no adapter after that."""
-        return self._model.merge_and_unload()
 
 
 def add_adapter(
@@ -79,14 +75,14 @@ def add_adapter(
     return LoraAdapter(adapted, weights_digest(source, revision))
 
 
-def continue_adapter(source: str | Path, *, attn_implementation: str) -> LoraAdapter:
-    """The adapters in a PEFT folder with the base that they name, to be trained on.
+def continue_adapter(folder: Path, *, name: str, attn_implementation: str) -> LoraAdapter:
+    """The adapters in a PEFT folder with the base that they name, to be trained on; errors call it ``name``.
 
     Raises ValueError where either cannot be loaded, where the base is not the one that they were trained on, and for
     adapters that are not LoRA.
     """
-    adapted = load_adapter(source, attn_implementation=attn_implementation, is_trainable=True)
+    adapted = load_adapter(folder, attn_implementation=attn_implementation, is_trainable=True, name=name)
     kind = adapted.peft_config["default"].peft_type
     if kind != "LORA":
-        raise ValueError(f"{source} holds an adapter of the kind {kind}; only LoRA adapters can be trained on")
-    return LoraAdapter(adapted, weights_digest(*adapter_base(Path(source))))
+        raise ValueError(f"{name} holds an adapter of the kind {kind}; only LoRA adapters can be trained on")
+    return LoraAdapter(adapted, weights_digest(*adapter_base(folder)))

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distilllens.config import TrainConfig
@@ -21,8 +20,8 @@ from distilllens.engine import Engine
 from distilllens.loss_watch import LossWatch
 from distilllens.quiet import quiet_libraries
 from distilllens_cache.atomic import fsync_folder
+from distilllens_inspect.run_files import STATE, checkpoints, step_of
 
-STATE = "trainer_state.json"
 OURS = "distilllens"
 """Where our part of ``trainer_state.json`` is: in ``stateful_callbacks``, the place that transformers has for it."""
 NOT_OF_THE_MODEL = (STATE, "optimizer-*.safetensors")
@@ -51,20 +50,21 @@ class RunState:
 class Saved(Protocol):
     """What is saved of a student: its model, or its adapters."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All its weights."""
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Its weights."""
         ...
 
-    def save_pretrained(self, folder: Path, /) -> Any:
-        """Write them to a folder."""
+    def save_pretrained(self, folder: Path, /, *, state_dict: Any = None) -> Any:
+        """Write them, or others in their place, to a folder."""
         ...
 
 
 def save_model(model: Saved, tokenizer: PreTrainedTokenizerBase, folder: Path, engine: Engine) -> None:
     """A folder that ``AutoModelForCausalLM.from_pretrained`` loads, or a PEFT folder. Every rank calls it."""
-    with engine.whole_weights(model), quiet_libraries():
-        if engine.is_main:
-            model.save_pretrained(folder)
+    weights = engine.whole_weights(model)
+    if engine.is_main:
+        with quiet_libraries():
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
 
 
@@ -124,27 +124,13 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def last_good_checkpoint(run: Path, state: RunState) -> Path | None:
     """The newest checkpoint from before the loss rose above its running median, if it did."""
     newest = state.global_step - state.loss_watch.num_above
-    good = [folder for folder in checkpoints(run) if _step_of(folder) <= newest]
+    good = [folder for folder in checkpoints(run) if step_of(folder) <= newest]
     return good[-1] if good else None
 
 
 def take_student(checkpoint: Path, folder: Path) -> None:
     """Make the student of a checkpoint that of ``folder``."""
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_OF_THE_MODEL), dirs_exist_ok=True)
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    whole = (
-        folder
-        for folder in run.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder / STATE).is_file()
-    )
-    return sorted(whole, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_checkpoint(run: Path, asked: str | None) -> Path | None:

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from distilllens.collate import Batch
 from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.deepspeed_config import RunFacts, load_deepspeed_config
-from distilllens.engine import Engine, HasParameters, build_optimizer
+from distilllens.engine import Engine, HasWeights, build_optimizer
 from distilllens.optimizer_state import (
     MOMENTS,
     WEIGHT,
@@ -109,11 +108,19 @@ class DeepSpeedEngine(Engine):
     def is_sharded(self) -> bool:
         return any(hasattr(parameter, "ds_id") for parameter in self._student.parameters())
 
-    def whole_weights(self, model: HasParameters) -> AbstractContextManager[Any]:
+    def whole_weights(self, model: HasWeights) -> dict[str, Tensor] | None:
+        if not self.is_sharded:
+            return None
         import deepspeed
 
-        sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-        return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+        copies: dict[int, Tensor] = {}
+        own = model.state_dict(keep_vars=True)
+        for tensor in {id(tensor): tensor for tensor in own.values()}.values():
+            # One at a time: together they need not fit on one device.
+            with deepspeed.zero.GatheredParameters([tensor]):
+                if self.is_main:
+                    copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return {name: copies[id(tensor)] for name, tensor in own.items()} if self.is_main else {}
 
     def save_state(self, folder: Path) -> None:
         tensors = plain_tensors(self._student, self._optimizer) if self._is_plain else self._gathered_tensors()

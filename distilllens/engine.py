@@ -1,8 +1,6 @@
 """Where a step meets hardware: what every engine does, and the optimizer that it runs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,11 +32,11 @@ def build_optimizer(module: nn.Module, config: TrainConfig, *, fused: bool | Non
     )
 
 
-class HasParameters(Protocol):
-    """A model, or something beside it that knows its weights."""
+class HasWeights(Protocol):
+    """A model, or something beside it that knows which of its weights are saved."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights."""
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Weights and buffers by name; with ``keep_vars`` the model's own."""
         ...
 
 
@@ -91,9 +89,11 @@ class Engine(ABC):
         """Let go of what a later engine in this process needs."""
         return
 
-    def whole_weights(self, model: HasParameters) -> AbstractContextManager[Any]:
-        """While entered, by every rank, ``model`` has its whole weights, for saving."""
-        return nullcontext()
+    def whole_weights(self, model: HasWeights) -> dict[str, Tensor] | None:
+        """What to save of a ``model`` that has a part of each weight on every rank: copies on the main rank's CPU, tied
+        ones of one tensor. None where a model's own weights are whole. Every rank calls it.
+        """
+        return None
 
     @abstractmethod
     def save_state(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from distilllens import predictions as files
 from distilllens.config import EvaluateConfig, save_config
 from distilllens.data import Prompt
 from distilllens.generate import Sampling, check_positions, end_tokens, generate
-from distilllens.lens_samples import sample_model
+from distilllens.lens_samples import sample_lens, with_final, write_lens_samples
 from distilllens.models import load_model, pick_device
 from distilllens.predictions import EvaluationFolder, Key, Prediction, check_folder, write_json
 from distilllens.reference_loss import sum_of_losses
@@ -38,8 +38,9 @@ from distilllens.subjects import (
     open_subject,
     seeds_of,
 )
-from distilllens.teacher_forced import score_against_cache
+from distilllens.teacher_forced import measured_student, score_against_cache
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
+from distilllens_cache import CacheReader
 
 
 def run_evaluate(config: EvaluateConfig) -> EvaluateResults:
@@ -108,8 +109,7 @@ def _measure_model(
     require_matching_tokenizer(model, subject.tokenizer, subject.name)
     with _memory_explained(config):
         # What is quick and can still be refused comes before what takes hours.
-        teacher_forced = _teacher_forced(config, subject, model)
-        _sample_lens(config, subject, model, folder)
+        teacher_forced = _teacher_forced(config, subject, model, folder)
         references = _references(subject, model)
         predictions = [*done, *_write(config, subject, model, folder, {_key(one) for one in done})]
     if subject.prompts is None:
@@ -124,27 +124,21 @@ def _measure_model(
     )
 
 
-def _teacher_forced(config: EvaluateConfig, subject: Subject, model: PreTrainedModel) -> dict[str, float | None]:
+def _teacher_forced(
+    config: EvaluateConfig, subject: Subject, model: PreTrainedModel, folder: EvaluationFolder
+) -> dict[str, float | None]:
+    """Scores against the cache; of a single model, which a run is, also its lens beside the teacher's, in a file."""
     if config.cache is None:
         return {}
-    scores = score_against_cache(
-        model,
-        subject.tokenizer,
-        config.cache_folder(config.cache),
-        pairs=config.pairs,
-        tail=config.tail,
-        allow_mismatch=config.allow_mismatch,
-        limit=config.limit,
-    )
-    return {name: value if abs(value) < float("inf") else None for name, value in scores.items()}
-
-
-def _sample_lens(config: EvaluateConfig, subject: Subject, model: PreTrainedModel, folder: EvaluationFolder) -> None:
-    """The model's lens beside the teacher's, for ``inspect report --run``; of a single model, which a run is."""
-    if config.cache is None or len(config.model) > 1:
-        return
+    reader = CacheReader(config.cache_folder(config.cache))
     choices = {"pairs": config.pairs, "tail": config.tail, "allow_mismatch": config.allow_mismatch}
-    sample_model(model, subject.tokenizer, config.cache_folder(config.cache), folder.path, **choices)
+    student, matching = measured_student(model, subject.tokenizer, reader, **choices)
+    scores = score_against_cache(student, matching, reader, limit=config.limit)
+    if len(config.model) == 1:
+        pairs = with_final(matching)
+        samples = sample_lens(student, reader, pairs=pairs, tails=matching.tails, device=model.device)
+        write_lens_samples(folder.path, samples, step=None, pairs=pairs)
+    return {name: value if abs(value) < float("inf") else None for name, value in scores.items()}
 
 
 def _references(subject: Subject, model: PreTrainedModel) -> ReferenceLoss | None:

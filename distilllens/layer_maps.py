@@ -147,7 +147,7 @@ def check_pairs(
         if not 1 <= student < num_student_layers:
             raise ValueError(
                 f"pair {student}:{teacher}: the student has lens layers 1 to {num_student_layers - 1} "
-                f"(layer {num_student_layers} is its final one, which the task matches)"
+                f"(layer {num_student_layers} is its final one, which the task matches); choose among those in --pairs"
             )
         if teacher not in cached[:-1]:
             lens = ", ".join(map(str, cached[:-1])) or "none"

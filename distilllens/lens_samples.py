@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.collate import Batch, collate
 from distilllens.divergence import sparse_divergence
 from distilllens.lens import rows_at
-from distilllens.matching import Matching, match_student
-from distilllens.student import Objective, Pairs, Student
+from distilllens.matching import Matching
+from distilllens.student import Pairs, Student
 from distilllens.tails import Tail
-from distilllens_cache import CachedExample, CacheFolder, CacheReader
+from distilllens_cache import CachedExample, CacheReader
 from distilllens_inspect.readings import read_layer, short
+from distilllens_inspect.run_files import SAMPLES, SAMPLES_VERSION
 
-FILE = "lens_samples.json"
-FORMAT_VERSION = 1
 NUM_EXAMPLES = 3
 MAX_POSITIONS = 64
 """Target positions of an example, from its first on."""
@@ -71,26 +69,6 @@ def sample_lens(
     return [_sample(forward, reader[number], pairs, tails, device) for number in numbers]
 
 
-def sample_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: Path | CacheFolder,
-    folder: Path,
-    *,
-    pairs: str | None = None,
-    tail: str | None = None,
-    allow_mismatch: str | None = None,
-) -> None:
-    """Write ``lens_samples.json`` of a loaded model against a cache to ``folder``."""
-    reader = CacheReader(cache)
-    matching = match_student(model, tokenizer, reader, pairs=pairs, tail=tail, allow_mismatch=allow_mismatch)
-    objective = Objective(task="fkl", lens_divergence="jsd", pairs=matching.pairs, lens_weight=1.0, kd_ratio=1.0)
-    student = Student(model, matching.lens, objective).eval()
-    read = with_final(matching)
-    samples = sample_lens(student, reader, pairs=read, tails=matching.tails, device=model.device)
-    write_lens_samples(folder, samples, step=None, pairs=read)
-
-
 def with_final(matching: Matching) -> Pairs:
     """The pairs of a matching and, last, the final layers."""
     return (*matching.pairs, (matching.lens.num_layers, matching.final_layer))
@@ -98,10 +76,10 @@ def with_final(matching: Matching) -> Pairs:
 
 def write_lens_samples(folder: Path, samples: Sequence[dict[str, Any]], *, step: int | None, pairs: Pairs) -> None:
     """Write ``lens_samples.json`` whole or not at all."""
-    content = {"format_version": FORMAT_VERSION, "step": step, "pairs": [list(pair) for pair in pairs]}
-    temporary = folder / f"{FILE}.tmp-{os.getpid()}"
+    content = {"format_version": SAMPLES_VERSION, "step": step, "pairs": [list(pair) for pair in pairs]}
+    temporary = folder / f"{SAMPLES}.tmp-{os.getpid()}"
     temporary.write_text(json.dumps(content | {"examples": list(samples)}) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / FILE)
+    os.replace(temporary, folder / SAMPLES)
 
 
 def _sample(

@@ -4,6 +4,7 @@ Dimension key: N rows, D hidden size, M losses.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,19 +16,25 @@ from distilllens.tails import BucketTail
 
 
 def sum_losses(normed: Sequence[Tensor], groups: Sequence[Group], lens: LogitLens, *, chunk_rows: int) -> LossSums:
-    """The sums of all losses of all groups; ``normed`` are the states that the head reads, (N, D) for each group."""
-    ways: dict[tuple[bool, bool], list[int]] = {}
-    for number, group in enumerate(groups):
+    """The sums of all losses of all groups; ``normed`` are the states that the head reads, (N, D) for each group.
+
+    Groups that are given the same tensor share the head's products.
+    """
+    ways: dict[tuple[bool, bool], dict[int, list[int]]] = {}
+    for number, (states, group) in enumerate(zip(normed, groups, strict=True)):
         is_fast = lens.is_plain and all(is_fused(loss.divergence, loss.tail) for loss in group.losses)
-        ways.setdefault((is_fast, group.trains_head), []).append(number)
+        ways.setdefault((is_fast, group.trains_head), {}).setdefault(id(states), []).append(number)
     totals, sums = [], {}
-    for (is_fast, trains_head), numbers in ways.items():
-        mine = [groups[n] for n in numbers]
+    for (is_fast, trains_head), by_states in ways.items():
+        joined, numbers = [], [number for some in by_states.values() for number in some]
+        for first, *others in by_states.values():
+            losses = [loss for number in (first, *others) for loss in groups[number].losses]
+            joined.append(replace(groups[first], losses=tuple(losses)))
         path = _fused if is_fast else _plain
-        found = path([normed[n] for n in numbers], mine, lens, chunk_rows, trains_head)
+        found = path([normed[some[0]] for some in by_states.values()], joined, lens, chunk_rows, trains_head)
         totals.append(found.total)
         of_losses = torch.stack([found.each, found.low, found.slack, found.on_support], -1)
-        sums |= zip(numbers, of_losses.split([len(group.losses) for group in mine]), strict=True)
+        sums |= zip(numbers, of_losses.split([len(groups[n].losses) for n in numbers]), strict=True)
     return LossSums(torch.stack(totals).sum(), *torch.cat([sums[n] for n in range(len(groups))]).unbind(-1))
 
 

@@ -11,7 +11,7 @@ from distilllens.layer_maps import Pairs, check_pairs, derive_pairs, equal_share
 from distilllens.lens import LogitLens, check_lens, num_layers
 from distilllens.tails import BucketTail, ProfileTail, RenormTail, SampledTail, SketchTail, Tail
 from distilllens.vocabulary import tokenizer_digest
-from distilllens_cache import READER_FIELDS, CacheReader, Identity, TailSpec, tail_profile
+from distilllens_cache import READER_FIELDS, CacheError, CacheReader, Identity, TailSpec, tail_profile
 
 ALIGNMENT = "alignment"
 """What ``--allow-mismatch`` calls the canary."""
@@ -59,7 +59,14 @@ def match_student(
         known = ", ".join((*READER_FIELDS, ALIGNMENT))
         raise ValueError(f"--allow-mismatch {unknown[0]} is not a field that is compared: expected some of {known}")
     fields = [name for name in allowed if name in READER_FIELDS]
-    mismatches = reader.require(tokenizer_digest=tokenizer_digest(tokenizer), allow_mismatch=fields)
+    digest = tokenizer_digest(tokenizer)
+    if digest != identity.tokenizer_digest and "tokenizer_digest" not in fields:
+        raise CacheError(
+            f"{reader.folder} has token ids of another tokenizer than the model's (tokenizer_digest "
+            f"{identity.tokenizer_digest[:12]}... and {digest[:12]}...): take a model with the teacher's tokenizer, or "
+            f"accept and record the difference with --allow-mismatch tokenizer_digest"
+        )
+    mismatches = reader.require(tokenizer_digest=digest, allow_mismatch=fields)
     lens = LogitLens(model, lens_norm=identity.lens_norm, vocab_size=identity.vocab_size)
     check_lens(model, lens)
     if pairs is not None:

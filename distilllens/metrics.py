@@ -15,8 +15,8 @@ from distilllens.engine import Engine
 from distilllens.progress import StepProgress
 from distilllens.trackers import TrackedRun, Trackers
 from distilllens.watch_config import tracker_names
+from distilllens_inspect.run_files import METRICS
 
-FILE = "metrics.jsonl"
 SHOWN = (
     "train/loss", "train/task", "train/lens", "train/tokens_per_s", "eval/loss", "eval/kl", "eval/lens_jsd",
     "eval/rouge_l",
@@ -38,8 +38,8 @@ class Metrics:
             name = config.run_name or run.resolve().name
             tracked = TrackedRun(run, name, config.model_dump(mode="json"), resumed_step)
             self._trackers = Trackers(tracker_names(config.report_to), tracked)
-            drop_after(run / FILE, resumed_step)
-            self._file = (run / FILE).open("a", encoding="utf-8")
+            drop_after(run / METRICS, resumed_step)
+            self._file = (run / METRICS).open("a", encoding="utf-8")
 
     def advance(self, step: int) -> None:
         """Step ``step``, counted from 1, is done."""
@@ -122,9 +122,6 @@ class RunningSums:
         totals = self._engine.all_sum(torch.stack([*(self._sums[name] for name in names), tokens])).tolist()
         values = {f"train/{name}": total / self.num_targets for name, total in zip(names, totals, strict=False)}
         values = {"train/loss": values.pop("train/total"), **values}
-        lens = [value for name, value in values.items() if name.startswith("train/lens/")]
-        if lens and "train/lens" not in values:  # several teachers bring their weighted one
-            values["train/lens"] = sum(lens) / len(lens)
         values |= {
             "train/tokens_per_s": totals[-1] / self._seconds,
             "train/data_wait": self._waited / self._seconds,
@@ -155,7 +152,7 @@ def peak_memory(device: torch.device) -> int:
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics."""
-    return [json.loads(line) for line in (run / FILE).read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
 
 
 def drop_after(file: Path, step: int) -> None:

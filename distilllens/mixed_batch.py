@@ -146,8 +146,8 @@ def collate_mixed(
 def combined(views: Sequence[View], sums: Sequence[dict[str, Tensor]], *, mix: Mix) -> dict[str, Tensor]:
     """The sums of a batch from those of its views, whose names are as `Student.forward` gives them, without a total.
 
-    Where teachers share positions: the weighted ``ce``, ``task`` and ``lens`` (mean over pairs), and each teacher's own
-    as ``NAME/task`` and so on. Else views hold different positions, and sums of one name add up.
+    Where teachers share positions: the weighted ``ce``, ``task`` and ``lens``, and each teacher's own as ``NAME/task``
+    and so on. Else views hold different positions, and sums of one name add up.
     """
     found: dict[str, Tensor] = {}
 
@@ -159,9 +159,7 @@ def combined(views: Sequence[View], sums: Sequence[dict[str, Tensor]], *, mix: M
             for name, value in of_view.items():
                 add(name, value)
             continue
-        lens = [value for name, value in of_view.items() if name.startswith("lens/")]
-        averages = of_view | ({"lens": torch.stack(lens).mean()} if lens else {})
-        for name, value in averages.items():
+        for name, value in of_view.items():
             if name in ("ce", "task", "lens"):
                 add(name, view.teaching.weight * value)
             if name != "ce":

@@ -95,7 +95,7 @@ def _snapshot(name: str, *, revision: str | None, weights: bool) -> Path:
     try:
         folder = download([*_SETTINGS, "*.safetensors"] if weights else _SETTINGS)
         if weights and not any(folder.glob("*.safetensors")):
-            folder = download(["pytorch_model*"])
+            folder = download(["pytorch_model*", "adapter_model*"])
     except Exception as error:  # the hub client raises its own, httpx's and OSError
         if not reachable:
             raise ValueError(

@@ -51,11 +51,15 @@ class Objective:
         return self.pairs if self.kd_ratio * self.lens_weight > 0 else ()
 
     @property
+    def share_of_pair(self) -> dict[tuple[int, int], float]:
+        """Shares of the lens divergences in their sum, of the pairs that the loss needs."""
+        shares = dict(zip(self.pairs, self.shares or equal_shares(len(self.pairs)), strict=True))
+        return {pair: shares[pair] for pair in self.lens_pairs}
+
+    @property
     def weight_of_pair(self) -> dict[tuple[int, int], float]:
         """Weights of the lens divergences in the whole loss."""
-        shares = self.shares or equal_shares(len(self.pairs))
-        weights = dict(zip(self.pairs, shares, strict=True))
-        return {pair: self.kd_ratio * self.lens_weight * weights[pair] for pair in self.lens_pairs}
+        return {pair: self.kd_ratio * self.lens_weight * share for pair, share in self.share_of_pair.items()}
 
     def teacher_layers(self, final_layer: int) -> tuple[int, ...]:
         """Teacher layers whose targets the loss reads."""

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from distilllens.config import TrainConfig
 from distilllens.matching import Matching
-from distilllens.mixed_batch import Mix
+from distilllens.mixed_batch import Mix, Teaching
 from distilllens.mixed_targets import is_mixable
 from distilllens.mixture import DataMixture, SameExamples
 from distilllens_cache import CacheError, CacheReader
 
-SHARED = ("tokenizer_digest", "vocab_size", "lens_norm", "temperature")
-"""Fields of the identity in which all caches of a run agree: the student has one lens and one vocabulary."""
+SHARED = ("tokenizer_digest", "vocab_size")
+"""Fields of the identity in which all caches of a run agree, whatever the loss reads of them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def open_caches(config: TrainConfig) -> SeveralCaches:
     """Open the caches of a run. CacheError or ValueError naming the caches that don't go together, and why."""
     readers = tuple(CacheReader(config.cache_folder(location)) for location in config.cache)
     for other in readers[1:]:
-        _require_equal_identity(readers[0], other)
+        if readers[0].digest == other.digest:
+            raise CacheError(f"{readers[0].folder} and {other.folder} are copies of one cache: give it once.")
+        _require_equal(readers[0], other, SHARED)
     names = [location.rstrip("/").rpartition("/")[2] for location in config.cache]
     if len(set(names)) < len(names):
         names = list(config.cache)
@@ -55,25 +57,35 @@ def match_each(caches: SeveralCaches, match: Callable[[CacheReader], Matching]) 
     return [_match(reader, match) for reader in caches.readers]
 
 
-def check_layers(caches: SeveralCaches, matchings: Sequence[Matching]) -> None:
-    """ValueError where the layers or tails that the loss reads don't fit together over the caches."""
-    first, *others = matchings
+def check_teachings(caches: SeveralCaches, matchings: Sequence[Matching], teachings: Sequence[Teaching]) -> None:
+    """CacheError or ValueError where what the loss reads of the caches doesn't fit together.
+
+    What it doesn't read may differ: lens layers and their norm where only the final layer counts, and all that teachers
+    say where only the text does.
+    """
+    first, *others = teachings
     for reader, other in zip(caches.readers[1:], others, strict=True):
+        if first.tails:
+            _require_equal(caches.readers[0], reader, ("temperature",))
+        if first.objective.lens_pairs:
+            _require_equal(caches.readers[0], reader, ("lens_norm",))
         folders = f"{caches.readers[0].folder} and {reader.folder}"
-        if caches.mix == "data" and (first.final_layer, first.pairs) != (other.final_layer, other.pairs):
+        pairs, theirs = first.objective.lens_pairs, other.objective.lens_pairs
+        if caches.mix == "data" and pairs != theirs:
+            depths = [one.manifest.identity.num_layers for one in (caches.readers[0], reader)]
             raise ValueError(
-                f"{folders} have teachers of {first.final_layer} and {other.final_layer} layers and pairs "
-                f"{_text(first.pairs)} and {_text(other.pairs)}: different data is trained on with one set of layers; "
-                f"name with --pairs what every cache holds, or leave one out"
+                f"{folders} have teachers of {depths[0]} and {depths[1]} layers and pairs {_text(pairs)} and "
+                f"{_text(theirs)}: different data is trained on with one set of layers; name with --pairs what every "
+                f"cache holds, or leave one out"
             )
-        matched, theirs = ([student for student, _ in one.pairs] for one in (first, other))
-        if caches.mix == "probabilities" and matched != theirs:
+        matched = [[student for student, _ in one] for one in (pairs, theirs)]
+        if caches.mix == "probabilities" and matched[0] != matched[1]:
             raise ValueError(
-                f"{folders} match the student's layers {matched} and {theirs}: teachers are mixed as probabilities "
-                f"where all match the same layers; give --pairs, or take --mix losses"
+                f"{folders} match the student's layers {matched[0]} and {matched[1]}: teachers are mixed as "
+                f"probabilities where all match the same layers; give --pairs, or take --mix losses"
             )
-    for reader, matching in zip(caches.readers, matchings, strict=True):
-        if caches.mix == "probabilities" and not all(map(is_mixable, matching.tails.values())):
+    for reader, teaching, matching in zip(caches.readers, teachings, matchings, strict=True):
+        if caches.mix == "probabilities" and not all(map(is_mixable, teaching.tails.values())):
             raise ValueError(
                 f"--mix probabilities cannot mix the tail {matching.tail} of {reader.folder}: choose --tail bucket, "
                 f"profile or sketch, or --mix losses"
@@ -89,11 +101,10 @@ def _match(reader: CacheReader, match: Callable[[CacheReader], Matching]) -> Mat
         raise ValueError(f"{reader.folder}: {error}") from None
 
 
-def _require_equal_identity(first: CacheReader, other: CacheReader) -> None:
-    if first.digest == other.digest:
-        raise CacheError(f"{first.folder} and {other.folder} are copies of one cache: give it once.")
+def _require_equal(first: CacheReader, other: CacheReader, fields: Sequence[str]) -> None:
+    """CacheError naming the field of the identity in which two caches differ."""
     ours, theirs = first.manifest.identity, other.manifest.identity
-    for name in SHARED:
+    for name in fields:
         if getattr(ours, name) != getattr(theirs, name):
             raise CacheError(
                 f"{first.folder} and {other.folder} cannot train one student: {name} is {getattr(ours, name)!r} in the "

@@ -46,11 +46,12 @@ class Student(nn.Module):
     ) -> dict[str, Tensor]:
         """Sums over the batch's target positions, in nats: ``total`` (with a gradient) and its parts.
 
-        ``lens/s:t`` is the divergence of a pair. Where it is the JSD, ``lens_low/s:t`` and ``lens_high/s:t`` are limits
-        of the JSD over the whole vocabulary, which sparse targets do not determine. ``unsure/final`` and
-        ``unsure/s:t`` count the positions beyond an entropy gate. ``kept_mass/s:t`` and ``student_mass/s:t`` are the
-        teacher's and the student's probability of the kept tokens, and the same with ``final`` for the final layer,
-        where the loss reads its targets. ``lens_factor`` scales the weight of the lens.
+        ``lens/s:t`` is the divergence of a pair, ``lens`` their sum by shares, as the loss has it. Where it is the JSD,
+        ``lens_low/s:t`` and ``lens_high/s:t`` are limits of the JSD over the whole vocabulary, which sparse targets do
+        not determine. ``unsure/final`` and ``unsure/s:t`` count the positions beyond an entropy gate.
+        ``kept_mass/s:t`` and ``student_mass/s:t`` are the teacher's and the student's probability of the kept tokens,
+        and the same with ``final`` for the final layer, where the loss reads its targets.
+        ``lens_factor`` scales the weight of the lens.
 
         With ``measured_pairs`` the sums of the teacher-forced metrics instead, for ``teacher_forced.averages``; with
         ``read`` what that makes of the batch, inside the call, where wrappers have gathered the weights.
@@ -67,35 +68,39 @@ class Student(nn.Module):
             position_ids=batch.position_ids,
         )
         if measures:
-            rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
-            sums = self._measure_final(rows[final_layer], batch)
+            rows = _Rows(self.lens, hidden, batch)
+            sums = self._measure_final(rows.states[final_layer], batch)
             for student, teacher in pairs:
-                normed = self.lens.normed(rows[student], student)
+                normed = self.lens.normed(rows.states[student], student)
                 sums |= self._measure_lens(normed, batch, (student, teacher))
             return sums
         if not isinstance(batch, MixedBatch):
-            total, (sums,) = self._sums([self._parts(batch, hidden, self.objective, lens_factor)])
-            return {"total": total, **sums}
+            own = self._parts(batch, _Rows(self.lens, hidden, batch), self.objective, lens_factor)
+            total, (sums,) = self._sums([own])
+            return {"total": total, **sums, **_lens_sum(self.objective, sums)}
         views, disagreement = batch.taught(vocab_size=self.lens.vocab_size)
+        rows = [_Rows(self.lens, hidden, view.batch) for view in views]
+        if batch.mix == "losses":
+            # The same rows for every teacher: as the same tensors, so that the head's products are made once.
+            rows = rows[:1] * len(views)
         parts = []
-        for view in views:
-            own = self._parts(view.batch, hidden, view.teaching.objective, lens_factor)
+        for view, of_view in zip(views, rows, strict=True):
+            own = self._parts(view.batch, of_view, view.teaching.objective, lens_factor)
             parts.append([part.times(view.teaching.weight) for part in own])
         total, of_views = self._sums(parts)
+        of_views = [sums | _lens_sum(view.teaching.objective, sums) for view, sums in zip(views, of_views, strict=True)]
         return {"total": total, **combined(views, of_views, mix=batch.mix), **disagreement}
 
-    def _parts(self, batch: Batch, hidden: dict[int, Tensor], objective: Objective, lens_factor: float) -> list[Part]:
+    def _parts(self, batch: Batch, rows: "_Rows", objective: Objective, lens_factor: float) -> list[Part]:
         """The losses of a batch, or of one view of it."""
-        rows = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
         share = objective.positions.share
         if share < 1.0:
-            chosen = take_highest(self._scores(rows[self.lens.num_layers], batch), batch.num_targets, share)
-            batch, rows = batch.at(chosen), {layer: states[chosen] for layer, states in rows.items()}
-        parts = final_part(objective, batch, rows[self.lens.num_layers])
+            scores = self._scores(rows.states[self.lens.num_layers], batch)
+            batch = batch.at(take_highest(scores, batch.num_targets, share))
+            rows = rows.of(batch)
+        parts = final_part(objective, batch, rows.states[self.lens.num_layers])
         for pair, weight in objective.weight_of_pair.items():
-            # Rows that a lens layer doesn't read go through neither norm nor head.
-            normed = self.lens.normed(rows[pair[0]][batch.lens_rows.at(pair[0])], pair[0])
-            parts += lens_part(objective, batch, normed, pair, weight * lens_factor)
+            parts += lens_part(objective, batch, rows.normed(pair[0]), pair, weight * lens_factor)
         return parts
 
     def _sums(self, parts: Sequence[list[Part]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -168,6 +173,31 @@ class Student(nn.Module):
         confidence, correct = sums[4:].view(2, CALIBRATION_BINS)
         measured = {"kl": sums[0], "ce": sums[1], "agrees": sums[2], "confidence": confidence, "correct": correct}
         return measured | _masses("final", targets, sums[3])
+
+
+class _Rows:
+    """The hidden states at a batch's target positions; what is read of a layer again is the same tensor."""
+
+    def __init__(self, lens: LogitLens, hidden: dict[int, Tensor], batch: Batch) -> None:
+        self._lens, self._hidden, self._lens_rows = lens, hidden, batch.lens_rows
+        self.states = {layer: rows_at(states, batch.is_target) for layer, states in hidden.items()}
+        self._normed: dict[int, Tensor] = {}
+
+    def normed(self, layer: int) -> Float[Tensor, "n D"]:
+        """What the head reads of a lens layer; rows that it doesn't read go through neither norm nor head."""
+        if layer not in self._normed:
+            self._normed[layer] = self._lens.normed(self.states[layer][self._lens_rows.at(layer)], layer)
+        return self._normed[layer]
+
+    def of(self, batch: Batch) -> "_Rows":
+        """The rows at other positions of the same states."""
+        return _Rows(self._lens, self._hidden, batch)
+
+
+def _lens_sum(objective: Objective, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``lens``: the pairs' sums by their shares, as the loss has it; nothing where it has no pairs."""
+    shared = [share * sums[f"lens/{_name(pair)}"] for pair, share in objective.share_of_pair.items()]
+    return {"lens": torch.stack(shared).sum()} if shared else {}
 
 
 def _named(pair: tuple[int, int], value: Tensor, low: Tensor, slack: Tensor, *, is_jsd: bool) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """How close a student is to the teacher of a cache, position by position, without generating."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,11 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.batches import pack_by_length
 from distilllens.collate import Batch, collate
-from distilllens.matching import match_student
+from distilllens.matching import Matching, match_student
 from distilllens.objective import Objective
 from distilllens.student import Student
 from distilllens.tails import Tail
-from distilllens_cache import CacheFolder, CacheReader
+from distilllens_cache import CacheReader
 
 MEASURE_TOKENS = 4096
 """Token budget of one batch, padding included."""
@@ -71,26 +70,30 @@ def averages(
     }
 
 
-def score_against_cache(
+def measured_student(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    cache: Path | str | CacheFolder,
+    reader: CacheReader,
     *,
     pairs: str | None = None,
     tail: str | None = None,
     allow_mismatch: str | None = None,
-    limit: int | None = None,
-) -> dict[str, float]:
-    """The ``averages`` of a loaded model against the cache in a folder."""
-    reader = CacheReader(cache)
+) -> tuple[Student, Matching]:
+    """A loaded model held against a cache, to be measured; raises what `match_student` does."""
     matching = match_student(model, tokenizer, reader, pairs=pairs, tail=tail, allow_mismatch=allow_mismatch)
     objective = Objective(task="fkl", lens_divergence="jsd", pairs=matching.pairs, lens_weight=1.0, kd_ratio=1.0)
-    student = Student(model, matching.lens, objective).eval()
+    return Student(model, matching.lens, objective).eval(), matching
+
+
+def score_against_cache(
+    student: Student, matching: Matching, reader: CacheReader, *, limit: int | None = None
+) -> dict[str, float]:
+    """The ``averages`` of a `measured_student` over the cache that it is matched with."""
     with torch.no_grad():
         return averages(
             lambda batch: student(batch, measured_pairs=matching.pairs),
             reader,
             tails=matching.tails,
-            device=model.device,
+            device=student.model.device,
             limit=limit,
         )

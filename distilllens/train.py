@@ -1,11 +1,10 @@
 """Train a student from a teacher cache: shards -> student -> loss -> step -> checkpoint."""
 
 import math
-import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,9 @@ from distilllens.loss_watch import PATIENCE, running_median
 from distilllens.metrics import Metrics, RunningSums, history_entry
 from distilllens.mixed_batch import MixedBatch
 from distilllens.mixture import DataMixture, MixedReadAhead
+from distilllens.models import load_model
+from distilllens.quiet import quiet_libraries
+from distilllens.replacing import replacing
 from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
 from distilllens.trackers import check_trackers
@@ -92,10 +94,10 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
             say(f"Resuming from {checkpoint} after step {state.global_step}")
         with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
             _self_check(run, examples, steps)
-            if engine.is_main:
-                _start_output(config)
-            engine.barrier()
-            train(run, engine, examples, steps, state, validation)
+            with _output(config, engine):
+                # Trackers start here: one that cannot costs nothing that was in the folder.
+                metrics = Metrics(config, engine, num_steps=num_steps, resumed_step=state.global_step)
+            train(run, engine, examples, steps, state, validation, metrics)
         _save_student(run, engine, state)
 
 
@@ -106,11 +108,11 @@ def train(
     steps: Steps,
     state: RunState,
     validation: Validation,
+    metrics: Metrics,
 ) -> None:
     """The loop. A step is a list of examples, a pure function of seed, epoch and index."""
     config, num_steps = run.config, state.max_steps
     warmup, selection = warmup_steps(config, num_steps=num_steps), selection_of(config)
-    metrics = Metrics(config, engine, num_steps=num_steps, resumed_step=state.global_step)
     sums = RunningSums(engine)
     sums.restore(state.pending)
     taken = ExampleLog(config.output_dir, engine, resumed_step=state.global_step) if config.log_example_ids else None
@@ -187,12 +189,11 @@ def _save_student(run: TrainingRun, engine: Engine, state: RunState) -> None:
             take_student(best, config.output_dir)
     else:
         save_model(run.saved, run.tokenizer, config.output_dir, engine)
-    if run.adapter is not None and config.lora_merge:
-        with engine.whole_weights(run.adapter):
-            merged = run.adapter.merge()
-            if engine.is_main:
-                merged.save_pretrained(config.output_dir / MERGED)
-                run.tokenizer.save_pretrained(config.output_dir / MERGED)
+    if config.lora_merge and engine.is_main:
+        # From the files, as a user would: no rank need hold the whole base beside its own part.
+        with quiet_libraries():
+            load_model(config.output_dir).save_pretrained(config.output_dir / MERGED)
+            run.tokenizer.save_pretrained(config.output_dir / MERGED)
     engine.barrier()
     if selection is not None and selection.is_over(state.best):
         say(selection.verdict(state.best))
@@ -252,12 +253,16 @@ def _require_best(state: RunState, checkpoint: Path, config: TrainConfig) -> Non
         )
 
 
-def _start_output(config: TrainConfig) -> None:
-    """The run's folder with its resolved config; after everything was checked, so that a mistake costs nothing."""
-    if config.overwrite and config.resume_from_checkpoint is None and config.output_dir.exists():
-        shutil.rmtree(config.output_dir)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, config.output_dir / RESOLVED)
+@contextmanager
+def _output(config: TrainConfig, engine: Engine) -> Iterator[None]:
+    """The run's folder with its resolved config; an old run in it goes when the block has passed without an error."""
+    is_new = engine.is_main and config.resume_from_checkpoint is None
+    with replacing(config.output_dir) if is_new else nullcontext():
+        if engine.is_main:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, config.output_dir / RESOLVED)
+        engine.barrier()
+        yield
 
 
 def _require_writable(folder: Path) -> None:

@@ -22,12 +22,12 @@ from distilllens.lens_rows import LensRows, choose_lens_rows
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.mixed_batch import Teaching, Teachings, collate_mixed
 from distilllens.mixture import DataMixture, MixedExample
-from distilllens.model_source import source_kind
-from distilllens.models import load_model, load_tokenizer
+from distilllens.model_source import local_path, source_kind
+from distilllens.models import adapter_base, load_model, load_tokenizer
 from distilllens.objective import Gate, Objective, Positions
 from distilllens.packing import check_packing, pack, wants_one_row
 from distilllens.self_check import check_alignment
-from distilllens.several_caches import check_layers, match_each, open_caches
+from distilllens.several_caches import check_teachings, match_each, open_caches
 from distilllens.student import Student
 from distilllens.tails import Tail
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
@@ -146,11 +146,12 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     identity = asked | opened.identity
     if adapter is not None:
         identity["lora_base"] = adapter.base_digest
+    lens = _lens_of(opened, evaluation)
     if config.packing:
-        check_packing(model, opened.lens)
+        check_packing(model, lens)
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
-    student = Student(model, opened.lens, opened.objective, chunk_rows=config.loss_chunk_rows)
+    student = Student(model, lens, opened.objective, chunk_rows=config.loss_chunk_rows)
     return TrainingRun(
         config, model, adapter, tokenizer, student, opened.source, opened.tails, evaluation, identity, opened.teachings
     )
@@ -159,7 +160,8 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
 def _open_model(
     config: TrainConfig, source: str, revision: str | None, *, is_resumed: bool
 ) -> tuple[PreTrainedModel, LoraAdapter | None]:
-    is_adapter = source_kind(source) == "adapter"
+    path = local_path(source, revision=revision)
+    is_adapter = source_kind(path) == "adapter"
     if is_adapter and config.lora_r is not None and not is_resumed:
         raise ValueError(
             f"--student {source} is an adapter with a rank of its own: drop --lora-r to train it on, or give its base"
@@ -167,7 +169,10 @@ def _open_model(
     if config.lora_merge and config.lora_r is None and not is_adapter:
         raise ValueError(f"--lora-merge: {source} is no adapter and gets none; drop it, or give --lora-r")
     if is_adapter:
-        adapter = continue_adapter(source, attn_implementation=config.attn_implementation)
+        adapter = continue_adapter(path, name=source, attn_implementation=config.attn_implementation)
+        if not is_resumed:
+            base, _ = adapter_base(path)
+            say(f"{source} is a LoRA adapter of {base}: it is trained on, and the weights of its base stay as they are")
         return adapter.model, adapter
     model = load_model(source, revision=revision, attn_implementation=config.attn_implementation)
     if config.lora_r is None:
@@ -207,11 +212,6 @@ def _from_cache(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrain
 def _from_caches(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Opened:
     caches = open_caches(config)
     matchings = match_each(caches, lambda reader: _match_for_loss(config, model, tokenizer, reader))
-    if config.method != "sft":
-        check_layers(caches, matchings)
-        for name, reader in zip(caches.names, caches.readers, strict=True):
-            sentence = check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch))
-            say(f"{name}: {sentence}")
     teachings, identities = [], []
     for name, reader, weight, matching in zip(caches.names, caches.readers, caches.weights, matchings, strict=True):
         objective = _objective_for(config, model, matching)
@@ -219,6 +219,11 @@ def _from_caches(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
         teachings.append(Teaching(name, in_loss, objective, _tails_read(objective, matching)))
         pairs = _pairs_and_shares(matching)
         identities.append({"digest": reader.digest, "weight": weight, "pairs": pairs, "tail": matching.tail})
+    check_teachings(caches, matchings, teachings)
+    if config.method != "sft":
+        for name, reader in zip(caches.names, caches.readers, strict=True):
+            sentence = check_alignment(reader, is_allowed=ALIGNMENT in split_names(config.allow_mismatch))
+            say(f"{name}: {sentence}")
     identity = {
         "caches": identities,
         "mix": caches.mix,
@@ -273,6 +278,24 @@ def _open_evaluation(
     reader = CacheReader(config.cache_folder(config.eval_cache))
     # What is reported is forward KL and JSD, whatever the loss.
     return Evaluation(reader, _match(config, model, tokenizer, reader))
+
+
+def _lens_of(opened: _Opened, evaluation: Evaluation | None) -> LogitLens:
+    """The student's one lens: where the loss reads no lens layer, that of the held-out rows.
+
+    ValueError where the loss and the held-out rows need different ones.
+    """
+    if evaluation is None:
+        return opened.lens
+    own, measured = opened.lens, evaluation.matching.lens
+    compared = ("vocab_size", "lens_norm") if opened.objective.lens_pairs else ("vocab_size",)
+    for name in compared:
+        if getattr(own, name) != getattr(measured, name):
+            raise ValueError(
+                f"--eval-cache {evaluation.reader.folder} has {name} {getattr(measured, name)!r}, and what is trained "
+                f"on has {getattr(own, name)!r}: cache the held-out rows as those"
+            )
+    return measured
 
 
 def _match_for_loss(

@@ -1,8 +1,9 @@
 """Training runs one after the other in one process of a launch: ``python run_under_ranks.py RUNS.json``.
 
 Starting ranks costs more than a tiny run, so tests start them once for many. A run is a ``TrainConfig`` as JSON, with
-``blank`` (two of three examples have no target), ``only_fused`` (no loss may take the plain way) and ``die_in_step``
-(this rank is killed in that step, before its update) beside it.
+``blank`` (two of three examples have no target), ``only_fused`` (no loss may take the plain way), ``one_by_one`` (no
+two weights that ZeRO-3 shards may be gathered together to be saved) and ``die_in_step`` (this rank is killed in that
+step, before its update) beside it.
 """
 
 import json
@@ -59,6 +60,14 @@ def refuse(*_: Any) -> None:
     raise AssertionError("a loss took the plain way")
 
 
+def gather_one(weights: list[Any], **options: Any) -> Any:
+    """Stand in for ``deepspeed.zero.GatheredParameters``."""
+    import deepspeed
+
+    assert len(weights) == 1, f"{len(weights)} weights are gathered together"
+    return deepspeed.runtime.zero.partition_parameters.GatheredParameters(weights, **options)
+
+
 @contextmanager
 def changed(place: Any, name: str, value: Any) -> Iterator[None]:
     """``place.name`` is ``value`` for a while."""
@@ -70,8 +79,17 @@ def changed(place: Any, name: str, value: Any) -> Iterator[None]:
         setattr(place, name, before)
 
 
-def run(config: dict[str, Any], *, blank: bool = False, only_fused: bool = False, die_in_step: int = 0) -> None:
+def run(
+    config: dict[str, Any],
+    *,
+    blank: bool = False,
+    only_fused: bool = False,
+    one_by_one: bool = False,
+    die_in_step: int = 0,
+) -> None:
     """One training run."""
+    import deepspeed
+
     open_run, start_engine = train.open_run, train.start_engine
 
     def open_blanked(*arguments: Any, **options: Any) -> Any:
@@ -95,6 +113,7 @@ def run(config: dict[str, Any], *, blank: bool = False, only_fused: bool = False
         changed(train, "open_run", open_blanked),
         changed(train, "start_engine", start_mortal),
         changed(losses, "_plain", refuse if only_fused else losses._plain),
+        changed(deepspeed.zero, "GatheredParameters", gather_one if one_by_one else deepspeed.zero.GatheredParameters),
     ):
         train.run_train(TrainConfig(**config))
 

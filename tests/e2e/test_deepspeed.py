@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from distilllens.cache_teacher import run_cache_teacher
-from distilllens.checkpoint import checkpoints
 from distilllens.config import CacheTeacherConfig
 from distilllens.example_log import read_examples
 from distilllens.metrics import read_metrics
+from distilllens_inspect.run_files import checkpoints
 
 PROGRAM = Path(__file__).with_name("run_under_ranks.py")
 EXAMPLES_PER_STEP = 8
@@ -114,7 +114,7 @@ def test_every_stage_and_number_of_ranks_gives_the_numbers_of_one_process(base, 
     for zero in ZERO:
         more = {"gradient_checkpointing": zero == "3", "eval_cache": base["cache"] if zero == "2" else None}
         config = config_of(base, tmp_path / zero, zero, world_size=world_size, **more)
-        runs.append({"config": config, "blank": True})
+        runs.append({"config": config, "blank": True, "one_by_one": True})
     done = launch(tmp_path, runs, world_size=world_size)
     assert done.returncode == 0, done.stderr[-3000:]
     for zero in ZERO:
@@ -244,7 +244,8 @@ def test_a_lora_student_sharded_by_zero_3_learns_what_it_learns_alone(base, prog
     }  # fmt: skip
     sizes = {"per_device_train_batch_size": EXAMPLES_PER_STEP, "output_dir": str(tmp_path / "one")}
     program.run({**settings, **sizes})
-    done = launch(tmp_path, [{"config": config_of(settings, tmp_path / "three", "3", world_size=2)}], world_size=2)
+    run = {"config": config_of(settings, tmp_path / "three", "3", world_size=2), "one_by_one": True}
+    done = launch(tmp_path, [run], world_size=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     for name in ("adapter_model.safetensors", "merged/model.safetensors"):

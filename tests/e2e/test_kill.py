@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from distilllens.cache_teacher import run_cache_teacher
-from distilllens.checkpoint import checkpoints
 from distilllens.config import CacheTeacherConfig, TrainConfig
 from distilllens.example_log import read_examples
 from distilllens.metrics import read_metrics
 from distilllens.optimizer_state import OptimizerState
 from distilllens.train import run_train
+from distilllens_inspect.run_files import checkpoints
 
 TOUCHES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 

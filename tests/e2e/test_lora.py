@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,9 +17,10 @@ from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig, TrainConfig, load_config
 from distilllens.metrics import read_metrics
 from distilllens.models import load_model
-from distilllens.teacher_forced import score_against_cache
+from distilllens.teacher_forced import measured_student, score_against_cache
 from distilllens.train import run_train
 from distilllens.training_run import open_run
+from distilllens_cache import CacheReader
 
 pytest.importorskip("peft")
 
@@ -27,6 +29,7 @@ TRAIN = {
     "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_steps": 2,
     "device": "cpu", "max_length": 300,
 }  # fmt: skip
+CLOCK = ("train/tokens_per_s", "train/data_wait", "train/peak_memory_gb")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def clockless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k not in ("train/tokens_per_s", "train/data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def test_only_adapters_change_and_the_loss_falls(base, cache, tmp_path) -> None:
@@ -123,9 +126,26 @@ def test_training_goes_on_from_an_adapter_and_evaluation_reads_it(trained, cache
     scores = []
     for folder in (tmp_path / "more", trained / "merged", trained):
         config = TrainConfig(student=str(folder), cache=cache, output_dir=tmp_path / "x")
-        scores.append(score_against_cache(load_model(folder), open_run(config, start_from=None).tokenizer, cache))
+        reader, tokenizer = CacheReader(cache), open_run(config, start_from=None).tokenizer
+        scores.append(score_against_cache(*measured_student(load_model(folder), tokenizer, reader), reader))
     assert scores[0]["kl"] < scores[2]["kl"]
     assert scores[1]["kl"] == pytest.approx(scores[2]["kl"], abs=1e-4)
+
+
+def test_an_adapter_on_the_hub_is_trained_on_as_one_in_a_folder(trained, cache, tmp_path, monkeypatch, capsys) -> None:
+    repository = tmp_path / "hub" / "models--owner--adapter"
+    ignored = shutil.ignore_patterns("checkpoint-*", "merged")
+    shutil.copytree(trained, repository / "snapshots" / ("0" * 40), ignore=ignored)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    runs = {}
+    for name, student in (("folder", trained), ("hub", Path("owner/adapter"))):
+        runs[name] = train(student, cache, tmp_path / "runs" / name, max_steps=2)
+        assert re.search(rf"{student} is a LoRA adapter of \S+: it is trained on", capsys.readouterr().err)
+    assert [line["train/loss"] for line in runs["hub"]] == [line["train/loss"] for line in runs["folder"]]
+    mine, theirs = (adapter_weights(tmp_path / "runs" / name) for name in ("hub", "folder"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def _foreign_base(adapter: Path, tiny_model_folder) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
 import distilllens.train as train_module
 from distilllens.cache_teacher import run_cache_teacher
@@ -15,7 +15,7 @@ from distilllens.cli import cli
 from distilllens.config import CacheTeacherConfig, TrainConfig, load_config
 from distilllens.metrics import read_metrics
 from distilllens.train import run_train
-from distilllens_cache import CacheReader
+from distilllens_cache import CacheError, CacheReader
 
 CACHE = {
     "layers": "2", "top_k": "16", "min_prob": "0", "store_tail": "profile", "max_length": 300, "examples_per_shard": 5,
@@ -160,6 +160,8 @@ def test_teachers_of_different_depths_are_losses_or_one_mixture_and_their_disagr
     assert losses["train/loss"] == pytest.approx(losses["train/task"] + losses["train/lens"], abs=1e-6)
     assert {f"train/{names[0]}/lens/2:2", f"train/{names[1]}/lens/2:3"} <= losses.keys()
     assert "train/lens/2:2" in mixed
+    state = TrainerState.load_from_json(str(tmp_path / "losses" / "checkpoint-1" / "trainer_state.json"))
+    assert losses.items() <= state.log_history[0].items()
 
 
 def test_one_cache_given_as_a_list_is_that_cache(student, make_cache, tmp_path) -> None:
@@ -243,6 +245,25 @@ def test_caches_that_do_not_go_together_get_a_sentence_before_anything_is_writte
             train(student, caches, tmp_path / "run", **settings)
         assert str(caught.value).count("\n") == 0
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mix", ["data", "losses", "probabilities"])
+def test_what_the_loss_does_not_read_of_the_caches_may_differ(student, make_cache, tmp_path, mix: str) -> None:
+    """Of lens layers and their norm the final layer knows nothing, and of what teachers say the text."""
+    rows = ((0, 16), (16, 24)) if mix == "data" else ((0, 24), (0, 24))
+    first = make_cache(rows[0], layers="1,2")
+    other = make_cache(rows[1], teacher=DEEPER, layers="3", lens_norm="none", examples_per_shard=7)
+    (line,) = train(student, [first, other], tmp_path / "kd", method="kd", mix=mix, max_steps=1)
+    assert line["train/task"] > 0
+    assert not any("lens/" in name for name in line)
+    with pytest.raises(CacheError, match="lens_norm is 'final' in the first and 'none' in the other"):
+        train(student, [first, other], tmp_path / "run", mix=mix, max_steps=1)
+    if mix == "data":
+        warm = make_cache(rows[1], temperature=2.0)
+        (line,) = train(student, [first, warm], tmp_path / "sft", method="sft", max_steps=1)
+        assert line["train/loss"] == pytest.approx(line["train/ce"], rel=1e-5)
+        with pytest.raises(CacheError, match=r"temperature is 1\.0 in the first and 2\.0 in the other"):
+            train(student, [first, warm], tmp_path / "run", method="kd", mix=mix, max_steps=1)
 
 
 def test_a_loss_that_is_not_finite_names_the_caches_of_its_examples(student, make_cache, tmp_path, monkeypatch) -> None:

@@ -353,6 +353,16 @@ def test_a_baseline_reads_the_final_layer_and_is_measured_at_the_lens_layers(stu
     assert "eval/lens_jsd/2:2" in lines[-1]
 
 
+def test_held_out_rows_are_measured_with_their_own_lens_or_refused(student, make_cache, tmp_path) -> None:
+    bare = make_cache(lens_norm="none")
+    (*_, alone) = train(student, bare, tmp_path / "bare", method="kd", eval_cache=bare, max_steps=1)
+    (*_, mixed) = train(student, make_cache(), tmp_path / "mixed", method="kd", eval_cache=bare, max_steps=1)
+    assert mixed["eval/lens_jsd"] == pytest.approx(alone["eval/lens_jsd"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"--eval-cache \S+ has lens_norm 'none', and what is trained on has 'final'"):
+        train(student, make_cache(), tmp_path / "run", eval_cache=bare)
+    assert not (tmp_path / "run").exists()
+
+
 def test_bfloat16_follows_float32(student, make_cache, tmp_path) -> None:
     plain = train(student, make_cache(), tmp_path / "plain")
     half = train(student, make_cache(), tmp_path / "half", bf16=True)
@@ -381,7 +391,9 @@ def test_a_student_with_another_tokenizer_is_refused(
     tiny_model_folder, tiny_chat_tokenizer, make_cache, tmp_path
 ) -> None:
     other = tiny_model_folder("llama", tokenizer=tiny_chat_tokenizer, num_layers=3)
-    with pytest.raises(CacheError, match="tokenizer_digest"):
+    with pytest.raises(
+        CacheError, match=r"^\S+ has token ids of another tokenizer .*--allow-mismatch tokenizer_digest$"
+    ):
         train(other, make_cache(), tmp_path / "run")
     lines = train(other, make_cache(), tmp_path / "run", allow_mismatch="tokenizer_digest", max_steps=1)
     state = json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
+import distilllens.trackers as trackers_module
 import distilllens.train as train_module
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.cli import main
@@ -15,6 +16,7 @@ from distilllens.config import CacheTeacherConfig, EvaluateConfig, TrainConfig
 from distilllens.evaluate import run_evaluate
 from distilllens.loss_watch import FEWEST, PATIENCE
 from distilllens.metrics import read_metrics
+from distilllens.trackers import TrackedRun, Tracker
 from distilllens.train import run_train
 from distilllens_inspect.run_files import read_run
 from distilllens_inspect.run_page import open_run_page
@@ -43,6 +45,12 @@ def cache(tmp_path_factory, teacher, rows) -> Path:
 @pytest.fixture(scope="module")
 def student(tiny_model_folder) -> Path:
     return tiny_model_folder("llama", num_layers=3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def stranger(tiny_model_folder, tiny_chat_tokenizer) -> Path:
+    """A student with another tokenizer than the teacher's."""
+    return tiny_model_folder("llama", num_layers=3, tokenizer=tiny_chat_tokenizer)
 
 
 def configured(student: Path, cache: Path, folder: Path, **settings: object) -> TrainConfig:
@@ -106,6 +114,34 @@ def test_transformers_opens_the_state_and_plot_tools_find_their_names(run) -> No
         assert entry["epoch"] == pytest.approx(entry["step"] * 4 / 24)
         if "loss" in entry:
             assert {"grad_norm", "learning_rate"} < entry.keys()
+
+
+class NotLoggedIn(Tracker):
+    """A service that refuses, after it has written to the run's folder."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        run.known_as("tensorboard", lambda: "new")
+        raise PermissionError("log in first")
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_tracker_that_cannot_start_costs_nothing_of_the_run_that_it_would_replace(
+    student, cache, tmp_path, monkeypatch
+) -> None:
+    train(student, cache, tmp_path / "run", max_steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setitem(trackers_module.KINDS, "tensorboard", NotLoggedIn)
+    again = {"report_to": "tensorboard", "overwrite": True, "max_steps": 2}
+    with pytest.raises(ValueError, match="--report-to tensorboard could not be started: log in first"):
+        train(student, cache, tmp_path / "run", **again)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    train(student, cache, tmp_path / "run", **again)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
 
 
 def test_tensorboard_has_the_lines_of_the_metrics(run) -> None:
@@ -251,6 +287,12 @@ def test_the_page_of_a_run_shows_its_curves_and_both_lenses(run, capsys) -> None
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
+        (["--student", "{stranger}"], 1, "/cache has token ids of another tokenizer than the model's"),
+        (["--pairs", "7:2"], 1, "pair 7:2: the student has lens layers 1 to 2"),
+        (["--pairs", "1:3"], 1, "pair 1:3: the cache has no lens targets of teacher layer 3"),
+        (["--pairs", "1:2=0.7,2:2=0.6"], 1, "the shares sum to 1.3, not 1"),
+        (["--cache", "other", "--cache-weights", "0.7,0.2"], 1, "--cache-weights 0.7,0.2 sum to 0.9"),
+        (["--deepspeed", "{deepspeed}"], 1, "zero_optimization.overlap_coms is not a DeepSpeed key that train takes"),
         (["--device", "cuda:99"], 1, "--device cuda:99: this machine has"),
         (["--output-dir", "/proc/nothing/run"], 1, "--output-dir /proc/nothing/run cannot be written to"),
         (["--output-dir", "{rows}/run"], 1, "is a file; give another one"),
@@ -276,9 +318,11 @@ def test_the_page_of_a_run_shows_its_curves_and_both_lenses(run, capsys) -> None
     ],
 )  # fmt: skip
 def test_bad_input_is_a_sentence_before_any_training(
-    student, cache, rows, tmp_path, capsys, flags: list[str], code: int, sentence: str
+    student, stranger, cache, rows, tmp_path, capsys, flags: list[str], code: int, sentence: str
 ) -> None:
-    flags = [flag.format(rows=rows, cache=cache) for flag in flags]
+    deepspeed = tmp_path / "zero.json"
+    deepspeed.write_text(json.dumps({"zero_optimization": {"overlap_coms": True}}))
+    flags = [flag.format(rows=rows, cache=cache, stranger=stranger, deepspeed=deepspeed) for flag in flags]
     given = ["train", "--student", str(student), "--cache", str(cache), "--output-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as ended:
         main([*given, *flags])

@@ -24,11 +24,13 @@ from distilllens_inspect.curves import (
     RIGHT,
     TOP,
     WIDTH,
+    charts_of,
     make_chart,
     nice_ticks,
     thinned,
 )
 from distilllens_inspect.report import render
+from distilllens_inspect.run_files import read_run
 from distilllens_inspect.run_page import open_run_page
 
 finite = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-12)
@@ -70,6 +72,23 @@ def make_run(tmp_path):
         return folder
 
     return make
+
+
+def test_every_teacher_of_a_run_with_several_has_its_curves(make_run) -> None:
+    names = ("kept_mass/final", "lens", "lens/1:2", "student_mass/final", "task")
+    own = {f"train/{cache}/{name}": 0.5 for cache in ("big", "far/small") for name in names}
+    line = {"step": 1, "train/loss": 1.0, "train/task": 0.6, "train/lens": 0.4, "train/teacher_jsd/final": 0.1, **own}
+    charts = charts_of(read_run(make_run([line])))
+    shown = {chart.title: [curve.name for curve in chart.curves] for chart in charts}
+    assert shown == {
+        "Loss in training": ["loss", "task", "lens"],
+        "Loss by teacher": ["big lens", "big task", "far/small lens", "far/small task"],
+        "JSD between the teachers": ["final"],
+        "Lens divergence in training, by pair": ["big 1:2", "far/small 1:2"],
+        "Probability of the kept tokens": [
+            f"{side} {cache} final" for side in ("teacher", "student") for cache in ("big", "far/small")
+        ],
+    }
 
 
 def page_of(folder: Path) -> str:

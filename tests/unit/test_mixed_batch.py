@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import distilllens.losses as losses_module
 from distilllens.collate import collate
 from distilllens.divergence import forward_kl, jensen_shannon
 from distilllens.lens import LogitLens
 from distilllens.lens_rows import ALL_ROWS, LensRows, choose_lens_rows
 from distilllens.mixed_batch import Mix, MixedBatch, Teaching, Teachings, collate_mixed
 from distilllens.mixture import MixedExample
-from distilllens.objective import Objective, Positions
+from distilllens.objective import Gate, Objective, Positions
 from distilllens.student import Student
 from distilllens.tails import BucketTail, ProfileTail, Tail
 from distilllens.targets import take_top_k, unstack_targets
@@ -106,6 +107,27 @@ def test_losses_are_the_weighted_sum_of_each_teachers_own_in_value_and_gradient(
         other = build(tiny_model)
         parts.append(gradient(other, WEIGHTS[number] * other(plain(pairs, number))["total"]))
     torch.testing.assert_close(found, parts[0] + parts[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "products"),
+    [({}, 1), ({"lens_divergence": "rkl"}, 1), ({"gate": Gate(final=0.0, lens=0.0)}, 2)],
+)
+def test_teachers_of_the_same_rows_share_the_heads_products(tiny_model, monkeypatch, settings, products: int) -> None:
+    """Beyond a gate each teacher has rows of its own."""
+    pairs = examples(8)
+    objective = dataclasses.replace(OBJECTIVE, **settings)
+    projected: list[int] = []
+    whole = losses_module.fused_losses
+
+    def seen(states, head, groups, **options):
+        projected.append(len(states))
+        return whole(states, head, groups, **options)
+
+    monkeypatch.setattr(losses_module, "fused_losses", seen)
+    build(tiny_model, objective)(mixed(shared(pairs), teachings("losses", objective)))
+    count = sum(len(pair[0].target_positions) for pair in pairs)
+    assert projected == [2 * products * count]
 
 
 def test_different_data_is_the_sum_over_each_caches_examples_with_its_own_tail(tiny_model) -> None:

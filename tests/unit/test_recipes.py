@@ -20,6 +20,21 @@ PAPER = {
 """Preset of the layers, learning rate, epochs, examples a step and LoRA rank of the released runs."""
 
 
+HUB = {
+    "gpt2-120m": ("MiniLLM/teacher-gpt2-1.5B", "openai-community/gpt2"),
+    "gpt2-340m": ("MiniLLM/teacher-gpt2-1.5B", "openai-community/gpt2-medium"),
+    "tinyllama": ("MiniLLM/SFT-Llama-7B", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
+    "qwen2.5-1.5b": ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-1.5B"),
+}
+"""Teachers and students of the released runs."""
+MARKED_TEACHER = " Qwen/Qwen2.5-3B  # ours: not fine-tuned"
+OURS = {
+    "batch_size", "cache", "dataset", "dtype", "gradient_accumulation_steps", "input_column", "method", "model",
+    "output_column", "output_dir", "per_device_train_batch_size", "split", "store_tail",
+}  # fmt: skip
+"""Settings of the paper's recipes that are not the released scripts', or are called otherwise there."""
+
+
 def invoke(*arguments: object) -> str:
     result = CliRunner().invoke(cli, ["recipes", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -50,8 +65,20 @@ def test_the_papers_recipes_have_its_layers_and_hyper_parameters(name: str) -> N
     assert (train.method, train.task, train.lens_divergence) == ("distilllens", "rkl", "jsd")
     assert (train.kd_ratio, train.lens_weight, train.weight_decay, train.max_grad_norm) == (1.0, 1.0, 0.01, 1.0)
     assert (cache.max_length, cache.max_prompt_length, cache.template) == (512, 256, "alpaca")
+    assert (train.min_learning_rate, train.lr_scheduler_type, train.warmup_steps) == (1e-7, "cosine", 0)
+    assert (train.seed, train.bf16, train.gradient_checkpointing) == (10, True, not name.startswith("gpt2"))
+    assert (cache.teacher, cache.tokenizer) == HUB[name] == (cache.teacher, train.student)
     if rank:
         assert (train.lora_alpha, train.lora_dropout) == (32, 0.1)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_what_is_not_the_papers_is_marked_as_ours(name: str) -> None:
+    for step in steps_of(SHIPPED / name):
+        for line in (SHIPPED / name / step.file).read_text().splitlines():
+            key, _, value = line.partition(":")
+            marked = "# ours" in value
+            assert line.startswith("#") or marked == (key in OURS) or (key, value) == ("teacher", MARKED_TEACHER), line
 
 
 def test_the_list_has_a_line_about_each() -> None:

@@ -113,6 +113,16 @@ def test_each_pair_is_computed_from_its_own_layers(tiny_model) -> None:
     torch.testing.assert_close(sums["total"].detach(), wanted)
 
 
+@pytest.mark.parametrize("shares", [(), (0.9, 0.1)])
+def test_the_lens_sum_is_what_enters_the_loss(tiny_model, shares: tuple[float, ...]) -> None:
+    objective = dataclasses.replace(OBJECTIVE, shares=shares)
+    sums = build(tiny_model, objective=objective)(batch_of(examples()))
+    first, second = shares or (0.5, 0.5)
+    torch.testing.assert_close(sums["lens"], first * sums["lens/1:2"] + second * sums["lens/3:4"])
+    wanted = 0.4 * sums["ce"] + 0.6 * (sums["task"] + 0.7 * sums["lens"])
+    torch.testing.assert_close(sums["total"].detach(), wanted)
+
+
 def test_the_cross_entropy_is_that_of_transformers(tiny_model) -> None:
     student, batch = build(tiny_model), batch_of(examples())
     labels = torch.full_like(batch.input_ids, -100)
@@ -255,7 +265,7 @@ def test_limits_are_of_the_rows_that_are_read_and_of_jensen_and_shannon_alone(ti
         torch.testing.assert_close(sum(one[name] for one in sums) / 4, whole[name], atol=1e-4, rtol=1e-5)
     other = build(tiny_model, objective=dataclasses.replace(OBJECTIVE, lens_divergence="fkl"))
     masses = {f"{name}/{where}" for name in ("kept_mass", "student_mass") for where in ("1:2", "3:4", "final")}
-    assert set(other(batch_of(some))) - masses == {"total", "ce", "task", "lens/1:2", "lens/3:4"}
+    assert set(other(batch_of(some))) - masses == {"total", "ce", "task", "lens", "lens/1:2", "lens/3:4"}
 
 
 @pytest.mark.parametrize("divergence", ["fkl", "jsd", "tvd"])

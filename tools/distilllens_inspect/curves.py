@@ -1,6 +1,7 @@
 """The curves of a run as charts: what is drawn where, in the units of the picture."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,8 @@ MOST_POINTS = 240
 MOST_DOTS = 60
 """Points that are marked, and say their value when they are pointed at."""
 COLOURS = 6
+CACHE = "(?:(.+)/)?"
+"""In a name, the cache that a value is of, where a run has several teachers."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,23 @@ def charts_of(run: RunFiles) -> list[Chart]:
     def named(prefix: str, *names: str) -> dict[str, str]:
         return {f"{prefix}{name}": name for name in names}
 
-    def pairs(prefix: str) -> dict[str, str]:
-        return {name: name.removeprefix(prefix) for name in run.names(prefix)}
+    logged = run.names()
 
-    kept = {name: f"teacher {place}" for name, place in pairs("train/kept_mass/").items()}
-    own = {name: f"student {place}" for name, place in pairs("train/student_mass/").items()}
+    def places(pattern: str) -> dict[str, str]:
+        """Labels of the names that ``pattern`` matches: of several caches the cache's name, then the place."""
+        found = {name: re.fullmatch(pattern, name) for name in logged}
+        return {name: " ".join(filter(None, match.groups())) for name, match in found.items() if match}
+
+    kept = {name: f"teacher {place}" for name, place in places(f"train/{CACHE}kept_mass/(.+)").items()}
+    own = {name: f"student {place}" for name, place in places(f"train/{CACHE}student_mass/(.+)").items()}
     wanted = [
         ("Loss in training", "nats per target", named("train/", "loss", "task", "lens")),
+        ("Loss by teacher", "nats per target", places("train/(.+)/(task|lens)")),
+        ("JSD between the teachers", "nats per target", places("train/teacher_jsd/(.+)")),
         ("KL to the teacher on held-out rows", "nats per target", named("eval/", "kl")),
         ("Cross-entropy of the text", "nats per target", {"train/ce": "training", "eval/loss": "held-out rows"}),
-        ("Lens divergence in training, by pair", "nats per target", pairs("train/lens/")),
-        ("Lens JSD on held-out rows, by pair", "nats per target", pairs("eval/lens_jsd/")),
+        ("Lens divergence in training, by pair", "nats per target", places(f"train/{CACHE}lens/(.+)")),
+        ("Lens JSD on held-out rows, by pair", "nats per target", places("eval/lens_jsd/(.+)")),
         ("ROUGE-L of greedy answers", "0 to 100", named("eval/", "rouge_l")),
         ("Likeliest token on held-out rows", "share", named("eval/", "top1_agreement", "calibration_error")),
         ("Probability of the kept tokens", "share", {**kept, **own}),

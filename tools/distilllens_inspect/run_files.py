@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ class RunFiles:
     tokenizer_folder: Path
     """Where the student's tokenizer is: the run's folder, or its newest checkpoint while it still trains."""
 
-    def names(self, prefix: str) -> list[str]:
-        """Names of all values that begin with ``prefix``, as they first come."""
-        return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(prefix)))
+    def names(self) -> list[str]:
+        """Names of all values, as they first come."""
+        return list(dict.fromkeys(name for line in self.lines for name in line))
 
     def points(self, name: str) -> Points:
         """The values of a name over the steps."""
@@ -50,22 +49,27 @@ def read_run(folder: Path) -> RunFiles:
     file = folder / METRICS
     if not file.is_file():
         raise ValueError(f"{folder} has no {METRICS}: --run takes the output folder of `distilllens train`.")
-    checkpoints = _checkpoints(folder)
-    newest = checkpoints[-1] if checkpoints else folder
+    whole = checkpoints(folder)
+    newest = whole[-1] if whole else folder
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return RunFiles(
         folder=folder,
         lines=tuple(_lines(file)),
-        state=_json(newest / STATE) if checkpoints else {},
+        state=_json(newest / STATE) if whole else {},
         samples=_samples(folder / SAMPLES),
         tokenizer_folder=folder if has_tokenizer else newest,
     )
 
 
-def _checkpoints(folder: Path) -> Sequence[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [path for path in found if (path / STATE).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if (path / STATE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _lines(file: Path) -> list[dict[str, float]]:
