@@ -14,6 +14,7 @@ SKETCHES = "sketches"
 CALIBRATION = "calibration.bin"
 MANIFEST = "manifest.json"
 DOOR = "writers.lock"
+REMOTE_LOCK = "remote.lock"
 
 MAX_SHARD_BYTES = 1 << 30
 """Largest file of targets or of tail rows, in bytes. A reader digests a whole shard before it parses it."""
