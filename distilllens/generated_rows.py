@@ -52,7 +52,7 @@ def generated_examples(
     A response is a function of teacher, prompt, settings and (seed, row id) alone. ValueError where the file is of
     other settings, or damaged, or where it is to be written by several ranks.
     """
-    file = responses_file(config.output_dir)
+    file = responses_file(config.folder)
     settings = _settings(config, prompts, teacher_digest)
     found = [] if config.overwrite else _read(file, settings, prompts)
     missing = prompts.prompts[len(found) :]

@@ -124,7 +124,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
 
 def cut_into_shards(config: CacheTeacherConfig, examples: Examples, identity: Identity) -> list[range]:
     """Which examples share a shard: as the plan in the output folder says, as far as it reaches, else by size."""
-    done = [] if config.overwrite else cut_of(config.output_dir)
+    done = [] if config.overwrite else cut_of(config.folder)
     first = done[-1].stop if done else 0
     if first != len(examples.examples) and (config.append is None or first > len(examples.examples)):
         done, first = [], 0

@@ -31,16 +31,11 @@ class RemoteFiles:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file, by name, as they are now."""
+        return {name: info["size"] for name, info in self._infos().items()}
 
-        def look() -> dict[str, int]:
-            file_system, path = self._folder.connect()
-            file_system.invalidate_cache()
-            found = file_system.find(path, detail=True)
-            if path in found:
-                raise ValueError("it is a file, and a cache is a folder")
-            return {name.removeprefix(f"{path}/"): info["size"] for name, info in found.items()}
-
-        return self._folder.tried("what", look, doing="listed")
+    def states(self) -> dict[str, str]:
+        """What tells of every file, by name, whether it was written again, as far as the store tells."""
+        return {name: repr(sorted(info.items(), key=str)) for name, info in self._infos().items()}
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """The bytes of a file that is there; `CacheError` if it has more than ``max_bytes``."""
@@ -52,8 +47,7 @@ class RemoteFiles:
         def fetch() -> bytes | None:
             file_system, path = self._folder.connect()
             try:
-                with file_system.open(f"{path}/{name}", "rb", cache_type="none") as file:
-                    return file.read(max_bytes)
+                return file_system.cat_file(f"{path}/{name}", start=0, end=max_bytes)
             except FileNotFoundError:
                 return None
 
@@ -100,6 +94,17 @@ class RemoteFiles:
         """Take files away, one after the other; one that is gone already is fine."""
         for name in names:
             self._folder.tried(name, lambda name=name: self._remove(name), doing="deleted")
+
+    def _infos(self) -> dict[str, dict[str, Any]]:
+        def look() -> dict[str, dict[str, Any]]:
+            file_system, path = self._folder.connect()
+            file_system.invalidate_cache()
+            found = file_system.find(path, detail=True)
+            if path in found:
+                raise ValueError("it is a file, and a cache is a folder")
+            return {name.removeprefix(f"{path}/"): info for name, info in found.items()}
+
+        return self._folder.tried("what", look, doing="listed")
 
     def _remove(self, name: str) -> None:
         file_system, path = self._folder.connect()

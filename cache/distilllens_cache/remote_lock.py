@@ -22,6 +22,10 @@ SECONDS_BETWEEN_LOOKS = 2.0
 MAX_BYTES = 4 << 10
 
 
+class TakenError(CacheError):
+    """The folder is another run's."""
+
+
 @dataclass(frozen=True)
 class RemoteHolder:
     """What the object says."""
@@ -87,7 +91,7 @@ class RemoteLock:
         """`CacheError` if the object is no longer this run's, so that it must not go on."""
         data = self._read()
         if data is None:
-            raise CacheError(
+            raise TakenError(
                 f"{layout.REMOTE_LOCK} in {self._files} was deleted, so this run stops; what it finished is kept, and "
                 f"the same command continues."
             )
@@ -118,8 +122,8 @@ class RemoteLock:
     def _read(self) -> bytes | None:
         return self._files.read_if_there(layout.REMOTE_LOCK, max_bytes=MAX_BYTES)
 
-    def _held(self, holder: RemoteHolder) -> CacheError:
-        return CacheError(
+    def _held(self, holder: RemoteHolder) -> TakenError:
+        return TakenError(
             f"{self._files} is being written by another run: {holder}. Wait until it is done, stop it, or choose "
             f"another --output-dir. If you know that it is gone, delete {self._files}/{layout.REMOTE_LOCK}."
         )

@@ -34,8 +34,8 @@ Group = tuple[str, tuple[str, ...]]
 class Upload:
     """The remote folder of one cache and its staging folder, from one process.
 
-    In this order: `lock`, `look`, `bring_plan`, `bring`; a `CacheWriter` in the staging folder; `push` as often as one
-    likes, `push_all` once it is finished.
+    In this order: `lock`, `look`, `bring_plan`, `is_finished`, `bring`; a `CacheWriter` in the staging folder; `push`
+    as often as one likes, `push_all` once it is finished.
     """
 
     def __init__(self, url: str, staging: Path, *, beside: Sequence[str] = (), damaged: Sequence[str] = ()) -> None:
@@ -98,11 +98,10 @@ class Upload:
         if is_main:
             self._require_one_plan()
 
-    def bring(self, *, append: bool = False, **contents: Any) -> bool:
-        """Bring down what else the staging folder lacks; whether there was no need to.
+    def is_finished(self, *, append: bool = False, **contents: Any) -> bool:
+        """Whether the remote cache is whole, as far as its plan, its manifest and the sizes of its files tell.
 
-        ``contents`` are the arguments of the `CacheWriter`. True if the remote cache is finished and the one that they
-        describe, as far as its plan, its manifest and the sizes of its files tell. `CacheError` if it is another one.
+        ``contents`` are the arguments of the `CacheWriter`. `CacheError` if there is another cache than they describe.
         """
         plan = self._remote_plan()
         if plan is not None:
@@ -111,8 +110,11 @@ class Upload:
         if (self.staging / layout.PLAN).exists():
             wanted = plan_of(**contents)
             found = matching_plan(self.staging, wanted, contents["examples"], append=append)
-            if found == wanted and not self._damaged and self._is_whole(plan_digest(wanted)):
-                return True
+            return found == wanted and not self._damaged and self._is_whole(plan_digest(wanted))
+        return False
+
+    def bring(self) -> None:
+        """Bring down the rest of what is committed there and the staging folder lacks, each file digested."""
         self._read_commits()
         for commit, records in self._remote_groups():
             is_sound = [self._bring_file(record, max_bytes=layout.limit_of(record.name)) for record in records]
@@ -124,7 +126,6 @@ class Upload:
         for name in self._beside:
             if name in self._sizes and not (self.staging / name).exists():
                 self._keep(name, self.files.read(name, max_bytes=layout.MAX_SIDECAR_BYTES))
-        return False
 
     def push(self, *, anew: bool = False) -> None:
         """Put up what is committed in the staging folder and not yet in the remote one; take away what is no more.

@@ -144,8 +144,9 @@ def write(cache: Any, url: str, staging: Path, *, overwrite: bool = False, appen
         upload.look()
         if not overwrite:
             upload.bring_plan()
-            if upload.bring(append=append, **contents):
+            if upload.is_finished(append=append, **contents):
                 return upload
+            upload.bring()
         with cache.writer(staging, overwrite=overwrite, append=append) as writer:
             upload.push(anew=overwrite)
             if not writer.finished:
