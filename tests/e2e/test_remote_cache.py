@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,28 @@ def test_a_pass_into_a_bucket_goes_on_from_another_machine(
     assert pass_to(url, "--staging-dir", tmp_path / "stage") == 0
     assert "Continuing: 2 of 5 shards are finished" in capfd.readouterr().err
     assert of_cache(files_at(url)) == of_cache(files_of(local)) == of_cache(files_of(tmp_path / "stage"))
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_cache_into_a_bucket(s3: str, local: Path, tiny_model_folder, tmp_path: Path) -> None:
+    url = "s3://teachers/ranks"
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m distilllens cache-teacher"
+    paths = [
+        f"--output-dir={url}",
+        f"--teacher={tiny_model_folder('llama')}",
+        f"--dataset={local.parent / 'rows.jsonl'}",
+    ]
+    settings = "--layers=2 --max-length=300 --examples-per-shard=5 --device=cpu"
+    environment = dict(os.environ) | {"XDG_CACHE_HOME": str(tmp_path / "user")}
+    for told in ("24 examples", "is finished already"):
+        done = subprocess.run(
+            [sys.executable, *command.split(), *paths, *settings.split()],
+            capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(told) == 1
+    assert of_cache(files_at(url)) == of_cache(files_of(local))
+    assert list((tmp_path / "user" / "distilllens" / "staging").iterdir()) == []
 
 
 def test_a_damaged_cache_in_a_bucket_is_repaired_and_overwritten(
