@@ -3,10 +3,11 @@
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -20,6 +21,7 @@ from distilllens.launch import join_ranks
 from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
+from distilllens.remote_output import RESOLVED, RemoteOutput, remote_output
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheError, CacheReader, CacheWriter, TailSpec, require_free, share_shards
 from distilllens_inspect.card import CARD, write_card
@@ -28,20 +30,20 @@ DOUBT = 3
 """Times that a cache may be larger than its settings alone suggest."""
 
 
-def run_cache_teacher(config: CacheTeacherConfig) -> Path:
-    """Write, or finish, the cache that ``config`` describes; its folder."""
+def run_cache_teacher(config: CacheTeacherConfig, *, damaged: Sequence[str] = ()) -> str | Path:
+    """Write, or finish, the cache that ``config`` describes; its folder. ``damaged`` are files of a remote one."""
     join_ranks()
     ranks = ranks_of_environment()
     if not config.dry_run:
-        require_free(config.output_dir, ranks.seat)  # before a large teacher is loaded in vain
-    with tempfile.TemporaryDirectory() as scratch:
+        require_free(config.folder, ranks.seat)  # before a large teacher is loaded in vain
+    with tempfile.TemporaryDirectory() as scratch, remote_output(config, ranks, damaged) as remote:
         plan = open_plan(config, Path(scratch) / "tokenizer")
         say(plan.examples.report())
         if config.dry_run:
             if ranks.is_main:
                 _tell_estimate(plan)
             return config.output_dir
-        return write_cache(plan, ranks)
+        return write_cache(plan, ranks, remote)
 
 
 def _tell_estimate(plan: Plan) -> None:
@@ -53,41 +55,48 @@ def _tell_estimate(plan: Plan) -> None:
     space.require(found.num_bytes)
 
 
-def write_cache(plan: Plan, ranks: Ranks) -> Path:
+def write_cache(plan: Plan, ranks: Ranks, remote: RemoteOutput | None = None) -> str | Path:
     """Write the shards that are still missing, among all ranks, then the manifest."""
-    config, folder = plan.config, plan.config.output_dir
+    config, folder = plan.config, plan.config.folder
     _require_space(plan)
-    with CacheWriter(
-        folder,
-        identity=plan.identity,
-        examples=planned(plan.examples.examples),
-        tokenizer_files=plan.tokenizer_files,
-        shards=plan.shards,
-        overwrite=config.overwrite,
-        append=config.append is not None,
-        seat=ranks.seat,
-    ) as writer:
-        if writer.finished:
-            if ranks.is_main:
-                _write_card(config)
-                print(f"{folder} is finished already, from the same teacher, rows and settings: nothing to do")
-            return folder
-        _require_determinism(plan)
-        started = time.monotonic()
-        num_tokens = _write_shards(plan, writer, ranks)
-        seconds = max(time.monotonic() - started, 1e-9)
+    contents: dict[str, Any] = {
+        "identity": plan.identity,
+        "examples": planned(plan.examples.examples),
+        "tokenizer_files": plan.tokenizer_files,
+        "shards": plan.shards,
+    }
+    append = config.append is not None
+    told = f"{config.output_dir} is finished already, from the same teacher, rows and settings: nothing to do"
+    if remote is not None and remote.is_finished(append=append, **contents):
+        if ranks.is_main:
+            print(told)
+        return config.output_dir
+    with CacheWriter(folder, **contents, overwrite=config.overwrite, append=append, seat=ranks.seat) as writer:
+        if remote is not None:
+            remote.begin()
+        is_new, speed = not writer.finished, 0.0
+        if is_new:
+            _require_determinism(plan)
+            started = time.monotonic()
+            num_tokens = _write_shards(plan, writer, ranks, remote)
+            speed = num_tokens / max(time.monotonic() - started, 1e-9)
     if ranks.is_main:
-        # Whoever runs this file continues, and deletes nothing.
-        save_config(config.model_copy(update={"overwrite": False}), folder / "config.resolved.yaml")
+        if is_new:
+            # Whoever runs this file continues, and deletes nothing.
+            save_config(config.model_copy(update={"overwrite": False}), folder / RESOLVED)
         _write_card(config)
-        print(
-            f"{folder}: {len(plan.examples.examples)} examples, {plan.examples.num_targets} target positions, "
-            f"{len(plan.identity.layers)} layers, {decimal(folder_size(folder))}; {num_tokens / seconds:.0f} tokens/s"
-        )
-    return folder
+        if is_new:
+            told = (
+                f"{config.output_dir}: {len(plan.examples.examples)} examples, {plan.examples.num_targets} target "
+                f"positions, {len(plan.identity.layers)} layers, {decimal(folder_size(folder))}; {speed:.0f} tokens/s"
+            )
+        if remote is not None:
+            remote.end()
+        print(told)
+    return config.output_dir
 
 
-def _write_shards(plan: Plan, writer: CacheWriter, ranks: Ranks) -> int:
+def _write_shards(plan: Plan, writer: CacheWriter, ranks: Ranks, remote: RemoteOutput | None) -> int:
     """Write this rank's share of the missing shards and see the cache finished; tokens of all missing shards."""
     config, rows = plan.config, plan.examples.examples
     teacher = _calibrated(plan, writer, ranks)
@@ -109,6 +118,8 @@ def _write_shards(plan: Plan, writer: CacheWriter, ranks: Ranks) -> int:
                 progress=advance,
             )
             writer.write_shard(number, cached, tails or None)
+            if remote is not None:
+                remote.check()
     writer_of = {number: rank for rank, share in enumerate(shares) for number in share}
     ranks.wait(writer, "to write their shards", lambda: {writer_of[number] for number in writer.unfinished()})
     writer.finish()
@@ -117,8 +128,8 @@ def _write_shards(plan: Plan, writer: CacheWriter, ranks: Ranks) -> int:
 
 def _write_card(config: CacheTeacherConfig) -> None:
     """The dataset card beside the cache, of which it is no part: readers and `inspect verify` never open it."""
-    if not write_card(config.output_dir, license_name=config.license):
-        say(f"{config.output_dir / CARD} was written by somebody else and is left alone; `inspect card` prints ours")
+    if not write_card(config.folder, license_name=config.license):
+        say(f"{config.folder / CARD} was written by somebody else and is left alone; `inspect card` prints ours")
 
 
 def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
@@ -150,10 +161,10 @@ def _require_space(plan: Plan) -> None:
 
 def _space(plan: Plan) -> Space:
     """The room for what the pass writes, to which a cache that it adds to does not belong."""
-    space = space_for(plan.config.output_dir)
+    space = space_for(plan.config.folder)
     with suppress(CacheError):  # without a manifest, all that an append adds is there
         if plan.num_present:
-            of_cache = CacheReader(plan.config.output_dir).manifest.total_bytes
+            of_cache = CacheReader(plan.config.folder).manifest.total_bytes
             return replace(space, present=max(0, space.present - of_cache))
     return space
 

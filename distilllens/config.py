@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from distilllens.device_map import parse_device_map
 from distilllens.generate_config import GenerateConfig
 from distilllens.layer_maps import SHARES_TOLERANCE
-from distilllens.locations import LocalOutput, Location, Locations, SpoolConfig
+from distilllens.locations import LocalOutput, Location, Locations, Output, SpoolConfig, staging_folder
 from distilllens.lora_config import LoraConfig
 from distilllens.objective_config import ObjectiveConfig, Tail
 from distilllens.run_config import (
@@ -151,8 +151,11 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
     """Draws of --store-tail sampled:DRAWS, and which examples calibrate a sketch."""
     license: str | None = None
     """License to name in the dataset card beside the cache, such as apache-2.0."""
-    output_dir: LocalOutput
-    """Folder of the cache. A stopped run continues in it."""
+    output_dir: Output
+    """Folder of the cache, or a URL such as s3://bucket/cache. A stopped run continues in it."""
+    staging_dir: Path | None = None
+    """Local folder in which a cache for a URL is written before it goes up, and which stays. When not given, one in the
+    user's cache directory, deleted once the remote cache is whole."""
     overwrite: bool = False
     """Remove the cache that is in the output folder and begin anew."""
     append: str | None = None
@@ -172,9 +175,18 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
             raise ValueError("--append adds to the cache that --overwrite deletes: give one of them")
         if self.repair and self.overwrite:
             raise ValueError("--repair keeps the cache that is there, --overwrite removes it: give one of them")
+        if self.staging_dir is not None and isinstance(self.output_dir, Path):
+            raise ValueError("--staging-dir is for an --output-dir that is a URL: drop it")
         if self.generate and self.append is not None:
             raise ValueError("--append adds rows of a dataset, --generate writes their responses: drop one of them")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The local folder in which the cache is written: the output folder, or that of what goes to its URL."""
+        if isinstance(self.output_dir, Path):
+            return self.output_dir
+        return self.staging_dir or staging_folder(self.output_dir)
 
     @property
     def appended(self) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ class Space:
             held = f" and holds {decimal(self.present)} of it" if self.present else ""
             raise NoSpaceError(
                 f"the cache needs about {decimal(int(num_bytes))}, and {self.parent} has {decimal(self.free)} free"
-                f"{held}: give another --output-dir, a smaller --top-k, fewer --layers or a --limit"
+                f"{held}: give another --output-dir (for a URL, another --staging-dir), a smaller --top-k, fewer "
+                f"--layers or a --limit"
             )
 
 

@@ -56,7 +56,7 @@ def generated_examples(
     ValueError where the file is of other settings, or damaged, or where it is to be written by several ranks;
     `NoSpaceError` where not even one token a response has room in the cache; `CacheError` where another run is at work.
     """
-    file = responses_file(config.output_dir)
+    file = responses_file(config.folder)
     settings = _settings(config, prompts, teacher_digest)
     found = [] if config.overwrite else _read(file, settings, prompts)
     num_missing = len(prompts) - len(found)
@@ -73,8 +73,8 @@ def generated_examples(
             f"without --{'dry-run' if config.dry_run else 'repair'} first"
         )
     num_targets = sum(len(response.token_ids) for response in found) + num_missing
-    space_for(config.output_dir).require(round(num_targets * bytes_per_target))
-    with holding(config.output_dir) as lock:
+    space_for(config.folder).require(round(num_targets * bytes_per_target))
+    with holding(config.folder) as lock:
         found = [] if config.overwrite else _read(file, settings, prompts)  # another run may have been faster
         _write(file, config, prompts, found, settings, lock, model=model, tokenizer=tokenizer, vocab_size=vocab_size)
     return _examples(config, prompts, found)

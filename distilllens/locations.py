@@ -1,5 +1,6 @@
 """Where a run's caches are read from, and where its outputs may go, as parts of its config."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,15 +23,38 @@ Locations = Annotated[tuple[Location, ...], BeforeValidator(_one_or_more)]
 """Some of them."""
 
 
+# A path has lost one of the slashes of a URL; a drive of Windows has one letter.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+
+
 def _local(value: Any) -> Any:
-    # A path has lost one of the slashes of a URL; a drive of Windows has one letter.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+:/", str(value)):
+    if _ADDRESS.match(str(value)):
         raise ValueError(f"{value} is a remote address, and outputs are written to a local folder: copy it there after")
     return value
 
 
 LocalOutput = Annotated[Path, BeforeValidator(_local)]
 """A folder of this machine that a run writes to."""
+
+
+def _local_or_remote(value: Any) -> Any:
+    text = str(value)
+    if "://" not in text and _ADDRESS.match(text):
+        raise ValueError(f"{text} has lost a slash of its address: give a text such as s3://bucket/cache")
+    return text if "://" in text else Path(value)
+
+
+Output = Annotated[str | Path, BeforeValidator(_local_or_remote)]
+"""A folder of this machine that a run writes to, or a URL that it writes to through such a folder."""
+
+
+def staging_folder(url: str) -> Path:
+    """The folder of this machine, in the user's cache directory, in which what goes to ``url`` is made."""
+    from distilllens_cache.spool import default_folder  # not needed for --help
+
+    name = re.sub(r"[^A-Za-z0-9]+", "-", url.partition("://")[2]).strip("-")[-60:]
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    return default_folder().parent / "staging" / f"{name}-{digest}"
 
 
 class SpoolConfig(BaseModel):

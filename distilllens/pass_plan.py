@@ -136,7 +136,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     )
     teacher = TeacherPass(model, lens, widths, store_tail, temperature=config.temperature, seed=config.seed)
     if config.append is not None or config.generate:  # what a writer would refuse after all that follows
-        require_writable(config.output_dir, identity, overwrite=config.overwrite, append=config.append is not None)
+        require_writable(config.folder, identity, overwrite=config.overwrite, append=config.append is not None)
     if prompts is not None:
         examples = generated_examples(
             config,
@@ -163,7 +163,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
 
 def cut_already(config: CacheTeacherConfig, num_examples: int) -> list[range]:
     """The shards in the output folder's plan, if it is one of these examples, or of the first of them."""
-    done = [] if config.overwrite else cut_of(config.output_dir)
+    done = [] if config.overwrite else cut_of(config.folder)
     stop = done[-1].stop if done else 0
     return done if stop == num_examples or (config.append is not None and stop < num_examples) else []
 

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 DOOR = "writers.lock"
 CARD = "README.md"
 """A dataset card beside the cache, which is for people. No part of it: only what a kill left of one is cleared."""
+REMOTE_LOCK = "remote.lock"
 
 MAX_SHARD_BYTES = 1 << 30
 """Largest file of targets or of tail rows, in bytes. A reader digests a whole shard before it parses it."""

@@ -89,7 +89,7 @@ class WriterLock:
                 others = self._others()
                 if None not in others.values():
                     if not others:
-                        for path in _seats(self.folder):  # all dead: they were silent, or are surely gone
+                        for path in seats(self.folder):  # all dead: they were silent, or are surely gone
                             if self._handle is None or path != self._path:
                                 atomic.remove(path)
                         prepare()
@@ -142,7 +142,7 @@ class WriterLock:
     def _others(self) -> dict[Holder, bool | None]:
         """Living writers but this one; None for one of another run of which nobody knows yet."""
         found: dict[Holder, bool | None] = {}
-        for path in _seats(self.folder):
+        for path in seats(self.folder):
             if path == self._path and self._handle is not None:
                 continue
             holder = read_holder(path)
@@ -232,7 +232,7 @@ def holding(folder: Path, seat: Seat = ALONE) -> Iterator[WriterLock]:
 def require_free(folder: Path, seat: Seat = ALONE) -> None:
     """`CacheError` if another run is surely at work in ``folder``: to be asked before anything costly."""
     lock = lock_of(folder, seat)
-    for path in _seats(folder):
+    for path in seats(folder):
         holder = read_holder(path)
         if holder is not None and (holder.run != seat.run or holder.rank == seat.rank) and lock._lives(path, holder):
             raise held(folder, holder, path)
@@ -275,7 +275,7 @@ def _append(handle: int, line: str) -> None:
 
 def _forget_dead(folder: Path) -> None:
     """Delete the seats of writers that are surely gone."""
-    for path in _seats(folder):
+    for path in seats(folder):
         holder = read_holder(path)
         if holder is None:
             continue
@@ -284,7 +284,8 @@ def _forget_dead(folder: Path) -> None:
             atomic.remove(path)
 
 
-def _seats(folder: Path) -> list[Path]:
+def seats(folder: Path) -> list[Path]:
+    """The files of all seats in ``folder``, those of dead writers among them."""
     return sorted(path for path in folder.glob("writer.*.lock") if layout.SEAT.fullmatch(path.name))
 
 
@@ -297,7 +298,7 @@ def _door(folder: Path, *, seconds: float = SECONDS_AT_THE_DOOR) -> Iterator[Non
         yield
     finally:
         try:
-            if not _seats(folder):
+            if not seats(folder):
                 atomic.remove(path)
         finally:
             os.close(handle)

@@ -1,4 +1,4 @@
-"""A cache's folder behind a URL of fsspec, such as s3://bucket/cache: read through a spool, never written."""
+"""A cache's folder behind a URL of fsspec, such as s3://bucket/cache: read through a spool."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -38,13 +38,13 @@ class RemoteFolder:
 
     def exists(self, name: str) -> bool:
         def look() -> bool:
-            file_system, path = self._open()
+            file_system, path = self.connect()
             try:
                 return file_system.info(f"{path}/{name}")["type"] == "file"
             except FileNotFoundError:
                 return False
 
-        return self._tried(name, look)
+        return self.tried(name, look)
 
     def require(self) -> None:
         """An object store has no empty folders: what is not there shows when the manifest is read."""
@@ -88,36 +88,38 @@ class RemoteFolder:
         """At most one byte more than ``max_bytes``, which tells a file that is too large."""
 
         def fetch() -> bytes:
-            file_system, path = self._open()
+            file_system, path = self.connect()
             with file_system.open(f"{path}/{name}", "rb", cache_type="none") as file:
                 return file.read(max_bytes + 1)
 
-        return self._tried(name, fetch)
+        return self.tried(name, fetch)
 
-    def _open(self) -> tuple[Any, str]:
+    def connect(self) -> tuple[Any, str]:
         """The file system of the URL, and the folder's path in it."""
         import fsspec
 
         file_system, path = fsspec.core.url_to_fs(self.url)
         return file_system, path.rstrip("/")
 
-    def _tried(self, name: str, action: Callable[[], Result]) -> Result:
-        """What ``action`` gives, after some tries where the network fails."""
+    def tried(self, name: str, action: Callable[[], Result], *, doing: str = "read") -> Result:
+        """What ``action`` gives, after some tries where the network fails. ``doing`` is what the error says of it."""
         for pause in (*PAUSES, None):
             try:
                 return action()
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if doing != "read":
+                    raise self._explain(name, error, doing) from None
                 raise CacheError(f"{name} is missing in {self}. Copy the cache there again.") from None
             except (PermissionError, ImportError, ValueError) as error:
-                raise self._explain(name, error) from None
+                raise self._explain(name, error, doing) from None
             except Exception as error:  # each library behind fsspec raises its own
                 if pause is None:
-                    raise self._explain(name, error) from None
+                    raise self._explain(name, error, doing) from None
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    def _explain(self, name: str, error: Exception) -> CacheError:
+    def _explain(self, name: str, error: Exception, doing: str) -> CacheError:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
         return CacheError(
-            f"{name} in {self} could not be read: {reason}. Check the address, the network and your credentials."
+            f"{name} in {self} could not be {doing}: {reason}. Check the address, the network and your credentials."
         )

@@ -79,17 +79,8 @@ class CacheWriter:
         find_codec(identity.codec)
         _check_ranges(shards, len(examples))
         tokenizer = _tokenizer_files(tokenizer_files)
-        index = index_bytes(examples)
-        self._index = index
-        self._plan = Plan(
-            identity=identity,
-            index=record_of(layout.INDEX, index),
-            tokenizer_files=tuple(record_of(name, data) for name, data in tokenizer.items()),
-            shards=tuple(
-                PlannedShard(name=layout.shard_name(n), first=part.start, stop=part.stop)
-                for n, part in enumerate(shards)
-            ),
-        )
+        self._index = index_bytes(examples)
+        self._plan = _plan(identity, self._index, tokenizer, shards)
         folder_state.check(self.folder)
         if not overwrite:
             folder_state.require_plan(self.folder, append=append)
@@ -350,6 +341,28 @@ class CacheWriter:
         except CacheError:
             return False
         return True
+
+
+def plan_of(
+    *,
+    identity: Identity,
+    examples: Sequence[PlannedExample],
+    tokenizer_files: Path | dict[str, bytes],
+    shards: Sequence[range],
+) -> Plan:
+    """The plan that a `CacheWriter` of these arguments writes."""
+    return _plan(identity, index_bytes(examples), _tokenizer_files(tokenizer_files), shards)
+
+
+def _plan(identity: Identity, index: bytes | memoryview, tokenizer: dict[str, bytes], shards: Sequence[range]) -> Plan:
+    return Plan(
+        identity=identity,
+        index=record_of(layout.INDEX, index),
+        tokenizer_files=tuple(record_of(name, data) for name, data in tokenizer.items()),
+        shards=tuple(
+            PlannedShard(name=layout.shard_name(n), first=part.start, stop=part.stop) for n, part in enumerate(shards)
+        ),
+    )
 
 
 def _check_ranges(shards: Sequence[range], num_examples: int) -> None:

@@ -2,16 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distilllens import remote_output
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig
 from distilllens.metrics import read_metrics
-from distilllens_cache import remote_folder
+from distilllens_cache import remote_folder, upload
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +114,161 @@ def test_a_server_that_is_gone_is_told_in_one_sentence(
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_outputs_are_written_to_a_local_folder(local: Path, tmp_path: Path, capfd, monkeypatch) -> None:
+@pytest.fixture
+def pass_to(local: Path, tiny_model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The teacher pass of ``local``, to another place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    rows = local.parent / "rows.jsonl"
+    settings = ("--layers", 2, "--max-length", 300, "--examples-per-shard", 5, "--device", "cpu")
+
+    def run_pass(url: str, *more: object) -> int:
+        teacher = tiny_model_folder("llama")
+        return run("cache-teacher", "--teacher", teacher, "--dataset", rows, *settings, "--output-dir", url, *more)
+
+    return run_pass
+
+
+def files_at(url: str) -> dict[str, bytes]:
+    import s3fs
+
+    store = s3fs.S3FileSystem()
+    store.invalidate_cache()
+    folder = url.removeprefix("s3://")
+    return {name.removeprefix(f"{folder}/"): store.cat_file(name) for name in store.find(folder)}
+
+
+def of_cache(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All but what names the place of the run."""
+    return {name: data for name, data in files.items() if name != "config.resolved.yaml"}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_teacher_pass_into_a_bucket_gives_the_bytes_of_a_local_one(
+    s3: str, local: Path, pass_to: Callable[..., int], tiny_model_folder, tmp_path: Path, capfd
+) -> None:
+    url = "s3://teachers/written"
+    assert pass_to(url) == 0
+    told = capfd.readouterr()
+    assert told.out.startswith(f"{url}: 24 examples")
+    assert f"files went up to {url}" in told.err
+    assert of_cache(files_at(url)) == of_cache(files_of(local))
+    assert f"output_dir: {url}" in files_at(url)["config.resolved.yaml"].decode()
+    assert list((tmp_path / "user" / "distilllens" / "staging").iterdir()) == []
+    assert pass_to(url) == 0
+    assert f"{url} is finished already" in capfd.readouterr().out
+    assert pass_to(url, "--seed", 1) == 1
+    assert "seed: " in capfd.readouterr().err
+    student = tiny_model_folder("llama", num_layers=3, seed=1)
+    train = ("train", "--student", student, "--max-steps", 2, "--logging-steps", 1, "--device", "cpu")
+    assert run(*train, "--cache", local, "--output-dir", tmp_path / "near") == 0
+    assert run(*train, "--cache", url, "--output-dir", tmp_path / "far") == 0
+    assert losses(tmp_path / "far") == losses(tmp_path / "near")
+
+
+def test_a_pass_into_a_bucket_goes_on_from_another_machine(
+    s3: str, local: Path, pass_to: Callable[..., int], tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "s3://teachers/continued"
+    original, written = upload.Upload._put, []
+
+    def put(self: Any, name: str, *more: Any) -> bool:
+        if name == "shards/00002.json":
+            raise KeyboardInterrupt
+        written.append(name)
+        return original(self, name, *more)
+
+    with monkeypatch.context() as here:
+        here.setattr(upload.Upload, "_put", put)
+        here.setattr(remote_output, "SECONDS_BETWEEN_PUSHES", 1e9)  # the last push puts it all up
+        assert pass_to(url) == 130
+    assert "manifest.json" not in files_at(url)
+    assert run("inspect", "summary", url) == 1
+    assert "no manifest.json, so its writer was stopped" in capfd.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert pass_to(url, "--staging-dir", tmp_path / "stage") == 0
+    assert "Continuing: 2 of 5 shards are finished" in capfd.readouterr().err
+    assert of_cache(files_at(url)) == of_cache(files_of(local)) == of_cache(files_of(tmp_path / "stage"))
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_cache_into_a_bucket(s3: str, local: Path, tiny_model_folder, tmp_path: Path) -> None:
+    url = "s3://teachers/ranks"
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m distilllens cache-teacher"
+    paths = [
+        f"--output-dir={url}",
+        f"--teacher={tiny_model_folder('llama')}",
+        f"--dataset={local.parent / 'rows.jsonl'}",
+    ]
+    settings = "--layers=2 --max-length=300 --examples-per-shard=5 --device=cpu"
+    environment = dict(os.environ) | {"XDG_CACHE_HOME": str(tmp_path / "user")}
+    for told in ("24 examples", "is finished already"):
+        done = subprocess.run(
+            [sys.executable, *command.split(), *paths, *settings.split()],
+            capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(told) == 1
+    assert of_cache(files_at(url)) == of_cache(files_of(local))
+    assert list((tmp_path / "user" / "distilllens" / "staging").iterdir()) == []
+
+
+def test_a_damaged_cache_in_a_bucket_is_repaired_and_overwritten(
+    s3: str, local: Path, pass_to: Callable[..., int], capfd
+) -> None:
+    import s3fs
+
+    url = "s3://teachers/damaged"
+    assert pass_to(url) == 0
+    assert pass_to(url, "--repair") == 0
+    assert f"{url} is sound: nothing to repair" in capfd.readouterr().out
+    s3fs.S3FileSystem().pipe_file(f"{url}/shards/00003.arrow", bytes((local / "shards" / "00003.arrow").stat().st_size))
+    s3fs.S3FileSystem().rm_file(f"{url}/plan.json")
+    assert pass_to(url, "--repair", "--dry-run") == 0
+    assert "2 problems; without --dry-run it would be repaired" in capfd.readouterr().out
+    assert pass_to(url, "--repair") == 0
+    told = capfd.readouterr()
+    assert "Damaged: plan.json is missing" in told.err
+    assert "Damaged: shards/00003.arrow" in told.err
+    assert f"{url} is sound again" in told.out
+    assert of_cache(files_at(url)) == of_cache(files_of(local))
+    assert pass_to(url, "--seed", 1, "--overwrite") == 0
+    assert of_cache(files_at(url)) != of_cache(files_of(local))
+    assert run("inspect", "verify", url) == 0
+
+
+def test_a_bucket_that_cannot_be_written_is_told_before_the_teacher_is_loaded(
+    s3: str, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(remote_folder, "PAUSES", ())
+    command = ("cache-teacher", "--teacher", "no-teacher", "--dataset", "no-rows", "--output-dir")
+    for url, reason in {
+        "s3://absent/cache": "in s3://absent/cache could not be written: The specified bucket does not exist",
+        "nosuch://bucket/cache": "Protocol not known: nosuch",
+        "hf://datasets/me/cache": "`hf upload`",
+    }.items():
+        assert run(*command, url) == 1
+        told = capfd.readouterr().err
+        assert reason in told
+        assert told.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert run(*command, "s3://teachers/cache") == 1
+    assert "takes the ranks of one host" in capfd.readouterr().err
+
+
+def test_outputs_of_training_are_written_to_a_local_folder(local: Path, tmp_path: Path, capfd, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("cache-teacher", "--teacher", "t", "--dataset", "d", "--output-dir", "s3://bucket/cache") == 1
-    assert "remote address" in capfd.readouterr().err
+    for folder, told in {"s3:/bucket/cache": "has lost a slash", tmp_path / "cache": "--staging-dir is for"}.items():
+        command = ("cache-teacher", "--teacher", "t", "--dataset", "d", "--staging-dir", "x", "--output-dir", folder)
+        assert run(*command) == 1
+        assert told in capfd.readouterr().err
     assert run("train", "--student", "s", "--cache", local, "--output-dir", "s3://bucket/run") == 1
     assert "copy it there after" in capfd.readouterr().err
     assert os.listdir(tmp_path) == []
