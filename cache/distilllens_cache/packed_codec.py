@@ -104,7 +104,8 @@ class PackedCodec(Codec):
         keys = levels.astype(np.uint32) << np.uint32(24)
         keys |= id_of.take(ranks)
         rows.sort(keys)
-        levels = (keys >> np.uint32(24)).astype(np.uint8)
+        # numpy looks up by intp only, and would convert anything else twice.
+        levels = (keys >> np.uint32(24)).astype(np.intp)
         keys &= np.uint32(MAX_VOCAB_SIZE - 1)
         mass = rows.sums(PROBS.take(levels)) + PROBS.take(rest)
         check_mass(mass, tolerance=mass_error(shape.top_k + 1) + SOURCE_TOLERANCE, where=place.where)
