@@ -34,7 +34,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -329,32 +329,42 @@ def plain_levels(log_probs: NDArray[np.float32], scale: float) -> NDArray[np.uin
     return np.minimum(np.rint(scale * np.log1p(-log_probs.astype(np.float64) / KNEE)), 255).astype(np.uint8)
 
 
-def measured(way: Way, parts: Sequence[Part], rounds: int) -> dict[str, float]:
-    """Bytes per target, error in nats, and million targets per second."""
+def measured(ways: Mapping[str, Way], parts: Sequence[Part], rounds: int) -> dict[str, dict[str, float]]:
+    """By way: bytes per target, error in nats, and million targets per second.
+
+    The ways take turns in every round, so that a busy machine slows them alike.
+    """
     targets = sum(part.num_targets for part in parts)
-    num_bytes, error, seconds = 0, 0.0, [0.0, 0.0]
+    num_bytes, error = (dict.fromkeys(ways, 0.0) for _ in range(2))
+    seconds = {name: [0.0, 0.0] for name in ways}
     for part in parts:
-        stored, size = way.encode(part)
-        num_bytes += size
-        error += divergence(way.decode(stored, part), part.flat)
-        seconds[0] += best(lambda: way.encode(part), rounds)  # noqa: B023
-        seconds[1] += best(lambda: way.decode(stored, part), rounds)  # noqa: B023
+        stored = {name: way.encode(part) for name, way in ways.items()}
+        for name, way in ways.items():
+            num_bytes[name] += stored[name][1]
+            error[name] += divergence(way.decode(stored[name][0], part), part.flat)
+        times = {name: [math.inf, math.inf] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                both = timed(lambda: way.encode(part)), timed(lambda: way.decode(stored[name][0], part))  # noqa: B023
+                times[name] = [min(pair) for pair in zip(times[name], both, strict=True)]
+        for name in ways:
+            seconds[name] = [sum(pair) for pair in zip(seconds[name], times[name], strict=True)]
     return {
-        "bytes": num_bytes / targets,
-        "kl": error / targets,
-        "encode": targets / seconds[0] / 1e6,
-        "decode": targets / seconds[1] / 1e6,
+        name: {
+            "bytes": num_bytes[name] / targets,
+            "kl": error[name] / targets,
+            "encode": targets / seconds[name][0] / 1e6,
+            "decode": targets / seconds[name][1] / 1e6,
+        }
+        for name in ways
     }
 
 
-def best(work: Callable[[], object], rounds: int) -> float:
-    """CPU seconds of the fastest round."""
-    times = []
-    for _ in range(rounds):
-        started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
-    return min(times)
+def timed(work: Callable[[], object]) -> float:
+    """CPU seconds."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 # studies
@@ -429,8 +439,8 @@ def study_zstd(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
         "zstd level 1, long window": zstandard.ZstdCompressor(compression_params=long),
     }.items():
         stored = [compressor.compress(column) for column in columns]
-        seconds = best(lambda: [compressor.compress(column) for column in columns], 1)  # noqa: B023
-        undone = best(lambda: [undo.decompress(data) for data in stored], 3)  # noqa: B023
+        seconds = timed(lambda: [compressor.compress(column) for column in columns])  # noqa: B023
+        undone = min(timed(lambda: [undo.decompress(data) for data in stored]) for _ in range(3))  # noqa: B023
         found[name] = {
             "bytes": sum(map(len, stored)) / size,
             "encode": targets / seconds / 1e6,
@@ -492,8 +502,7 @@ def figures_of_layer(
         mean_k = sum(len(part.flat.ids) for part in parts) / sum(part.num_targets for part in parts)
         floor = floor_bytes(parts)
         print(f"layer {layer}, {title(width)}: {mean_k:.1f} ids, floor {floor:.2f} B")
-        for name, way in WAYS.items():
-            found = measured(way, parts, rounds)
+        for name, found in measured(WAYS, parts, rounds).items():
             figures.append({"layer": layer, "width": width, "ids": mean_k, "floor": floor, "way": name} | found)
             print_line(name, found, floor)
         if studies and width in WIDTHS[:2]:
@@ -516,13 +525,13 @@ def figures_of_distillkit(whole: Sequence[Part], rounds: int) -> list[dict[str, 
         parts = [narrowed(part, k) for part in whole]
         floor = floor_bytes(parts)
         print(f"layer {layer}, k = {k}: floor {floor:.2f} B")
-        for way_name, way in {
+        ways: dict[str, Way] = {
             f"DistillKit {name}": DistillKit(k, exact, powers),
             f"DistillKit {name} + zstd": DistillKit(k, exact, powers, compressed=True),
             f"DistillKit {name}, float64": DistillKit(k, exact, powers, dtype=np.float64),
             "packed": OfOurs("packed"),
-        }.items():
-            found = measured(way, parts, rounds)
+        }
+        for way_name, found in measured(ways, parts, rounds).items():
             figures.append({"layer": layer, "width": k, "ids": k, "floor": floor, "way": way_name} | found)
             print_line(way_name, found, floor)
     return figures
