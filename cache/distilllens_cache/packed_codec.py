@@ -37,8 +37,8 @@ class PackedCodec(Codec):
     name = "packed"
     is_lossless = False
     compression_level = 1
-    """Nothing repeats here, only the bytes' frequencies count. Levels 3 and 9, a long window and a trained dictionary stay
-    within 3 % of it, above or below; 19 saves 3 to 5 % and takes a hundred times as long
+    """Nothing repeats here, only the bytes' frequencies count: levels 3 and 9, a long window and a trained dictionary
+    change the size by less than 3 %. 19 saves 3 to 5 % and takes over a hundred times as long
     (`scripts/bench/storage.py --studies`)."""
 
     def fields(self, shape: LayerShape) -> list[pa.Field]:
