@@ -2,8 +2,8 @@
 
 A layer keeps a few thousand ids over and over. Renumbered by how often they occur, the ids of a row are small
 numbers with small gaps between them: 10 to 17 % fewer bytes at middle layers, 6 % at the last. What is common
-is counted in the shard itself and stored with it, which is within 3 % of a free table counted over all targets, and
-a shard can be written, resumed and read without any other. The dataset's own token frequencies save next to nothing
+is counted in the shard itself and stored with it, which is within 2 % of a free table counted over all targets, and
+a shard can be written, resumed and read without any other. The dataset's own token frequencies save 1 to 5 %
 (`scripts/bench/storage.py --studies`).
 """
 

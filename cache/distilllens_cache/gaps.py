@@ -20,12 +20,21 @@ def to_gaps(numbers: NDArray[np.uint32], rows: Rows) -> NDArray[np.uint32]:
     return gaps
 
 
-def from_gaps(gaps: NDArray[np.uint32], rows: Rows) -> NDArray[np.int64]:
-    """The opposite of `to_gaps`. Always ascending in each row, whatever the gaps are, if below 2^32 - 1."""
-    numbers = np.cumsum(gaps + np.uint32(1), dtype=np.int64)
-    before = np.concatenate([np.zeros(1, np.int64), numbers[rows.ends[:-1] - 1]])[: len(rows.ends)]
-    numbers -= rows.spread(before + 1)
-    return numbers
+def from_gaps(gaps: NDArray[np.uint32], rows: Rows) -> NDArray[np.uint32] | NDArray[np.uint64]:
+    """The opposite of `to_gaps`. Always ascending in each row, whatever the gaps are, if below 2^32 - 1.
+
+    In 32 bits if every row fits them: that is twice as fast.
+    """
+    # The sum over all rows may pass 2^32 and wrap around. Differences within a row come out right all the same.
+    steps = gaps + np.uint32(1)
+    if rows.num_cells and int(steps.max()) * int(rows.counts.max()) >= 1 << 32:
+        steps = steps.astype(np.uint64)
+    sums = np.cumsum(steps, out=steps)
+    before = np.zeros(len(rows.ends), sums.dtype)
+    before[1:] = sums[rows.ends[:-1] - 1]
+    before += 1
+    sums -= rows.spread(before)
+    return sums
 
 
 def num_planes(size: int) -> int:

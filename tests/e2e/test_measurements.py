@@ -9,6 +9,7 @@ import pytest
 
 from distilllens.cache_teacher import run_cache_teacher
 from distilllens.config import CacheTeacherConfig
+from distilllens_cache import CacheReader
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -98,10 +99,36 @@ def test_train_step_weighs_ours_against_fine_tuning_and_the_teacher_in_memory(
 def test_storage_prints_ours_beside_the_others(run_script, tmp_path: Path, tiny_model_folder, rows: Path) -> None:
     cache = tmp_path / "cache"
     write_cache(tiny_model_folder(num_layers=4), rows, cache, codec="arrow-fp32", min_prob="0")
-    run_script("bench/storage.py", cache, "--rounds", 1, "--json", tmp_path / "found.json")
+    run_script("bench/storage.py", cache, "--rounds", 1, "--studies", "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    sizes = {one["way"]: one["bytes"] for one in found if one["layer"] == 4 and one["width"] == 64}
+    ways = {one["way"]: one for one in found if one["layer"] == 4 and one["width"] == 64}
+    studies = ways.pop("studies")["studies"]
+    assert studies["zstd level 1"]["bytes"] == 1
+    assert {"48 levels", "zstd level 19", "zstd level 1, long window"} < set(studies)
+    sizes = {name: one["bytes"] for name, one in ways.items()}
     assert sizes["packed"] < min(sizes["17 bits + fp16 + zstd"], sizes["uint32 + fp16 + zstd"])
+    assert ways["uint32 + fp32 + zstd-3"]["kl"] == ways["int32 + fp32 + zstd-3, unchecked"]["kl"] == 0
+    assert 0 < ways["packed"]["kl"] < 5e-4
+
+    def of_packed(layer: int | str, what: str) -> float:
+        (value,) = (one[what] for one in found if (one["layer"], one["width"], one["way"]) == (layer, 64, "packed"))
+        return value
+
+    assert of_packed("middle", "bytes") == of_packed(2, "bytes")
+    reader = CacheReader(cache)
+    of_layers = (of_packed(2, "bytes") + of_packed(4, "bytes")) * reader.manifest.num_targets / len(reader)
+    besides = of_packed("all", "bytes of an example") - of_layers
+    assert 0 < besides < 8 + 4 * (reader.num_tokens.sum() + reader.manifest.num_targets) / len(reader) + 50
+
+
+def test_storage_refuses_rows_that_are_narrower_than_its_widths(
+    run_script, tmp_path: Path, tiny_model_folder, rows: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    write_cache(tiny_model_folder(num_layers=4), rows, cache, codec="arrow-fp32", top_k="64", min_prob="0")
+    with pytest.raises(SystemExit):
+        run_script("bench/storage.py", cache)
+    assert "rows of 64 ids" in capsys.readouterr().err
 
 
 def test_fidelity_finds_a_wide_target_better_than_a_narrow_one(

@@ -84,10 +84,19 @@ def test_gaps_lead_back_to_the_numbers_and_any_gaps_ascend() -> None:
     gaps = to_gaps(numbers, rows)
     assert gaps[rows.starts].tolist() == numbers[rows.starts].tolist()
     assert np.array_equal(from_gaps(gaps, rows), numbers)
+    total = from_gaps(np.full(rows.num_cells, (1 << 32) // 9 - 1, np.uint32), rows)
+    assert total[rows.ends - 1].tolist() == (counts * ((1 << 32) // 9) - 1).tolist()
     anything = from_gaps(rng.integers(0, 1 << 24, rows.num_cells).astype(np.uint32), rows)
     rises = np.diff(anything) > 0
     rises[rows.ends[:-1] - 1] = True
     assert rises.all()
+
+
+@pytest.mark.parametrize("count", [255, 256, 257, 1000])
+def test_the_widest_gaps_ascend_in_rows_that_pass_32_bits(count: int) -> None:
+    rows = Rows(np.array([3, count, 1]))
+    found = from_gaps(np.full(count + 4, (1 << 24) - 1, np.uint32), rows)
+    assert found.tolist() == [(1 << 24) * n - 1 for length in (3, count, 1) for n in range(1, length + 1)]
 
 
 @pytest.mark.parametrize(
