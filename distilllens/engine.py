@@ -63,6 +63,10 @@ class Engine(ABC):
     def forward(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
         """The student's sums for a batch on this rank; ``options`` go to its ``forward``."""
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """While entered, the model alone computes in the number type that ``forward`` gives it."""
+        return nullcontext()
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradients. ``loss`` is its sum over the target positions of the *whole* step."""

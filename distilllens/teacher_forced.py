@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.batches import pack_by_length
 from distilllens.collate import Batch, collate
+from distilllens.lens import check_lens
 from distilllens.matching import match_student
 from distilllens.objective import Objective
 from distilllens.student import Student
-from distilllens.tails import Tail
+from distilllens.tails import Tail, tails_on
 from distilllens_cache import CacheFolder, CacheReader
 
 MEASURE_TOKENS = 4096
@@ -46,6 +47,7 @@ def averages(
     batches = pack_by_length(reader.num_tokens[:size].tolist(), token_budget=MEASURE_TOKENS)
     # Neighbours in a shard are read together.
     batches = sorted(sorted(batch) for batch in batches)
+    tails = tails_on(tails, device)
     totals: dict[str, Tensor] = {}
     for start in range(0, len(batches), world_size):
         # Under ZeRO-3 every rank takes part in every forward pass; those without a batch left repeat the last one.
@@ -84,6 +86,7 @@ def score_against_cache(
     """The ``averages`` of a loaded model against the cache in a folder."""
     reader = CacheReader(cache)
     matching = match_student(model, tokenizer, reader, pairs=pairs, tail=tail, allow_mismatch=allow_mismatch)
+    check_lens(model, matching.lens)
     objective = Objective(task="fkl", lens_divergence="jsd", pairs=matching.pairs, lens_weight=1.0, kd_ratio=1.0)
     student = Student(model, matching.lens, objective).eval()
     with torch.no_grad():
