@@ -76,7 +76,9 @@ class Placed(torch.Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.tolist:
             return args[0].detach().held.tolist()
-        return super().__torch_function__(function, types, args, kwargs or {})
+        # What comes back to the CPU is an ordinary tensor again.
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
 
 
 def run_there(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
