@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from distilllens import optimizer_state
 from distilllens.config import TrainConfig
 from distilllens.engine import parameter_groups
 from distilllens.torch_engine import TorchEngine
@@ -53,6 +54,18 @@ def test_a_gradient_that_is_not_finite_touches_nothing_and_is_forgotten(number: 
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert step(engine, torch.ones(2, 3)) == step(other, torch.ones(2, 3))
     assert torch.equal(module.reached.weight, wanted.reached.weight)
+
+
+def test_a_state_in_many_files_is_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_state, "PART_BYTES", 48)
+    module, engine = build()
+    step(engine, torch.ones(2, 3))
+    engine.save_state(tmp_path)
+    assert len(list(tmp_path.glob("optimizer-*.safetensors"))) > 2
+    state = optimizer_state.OptimizerState(tmp_path)
+    for name, parameter in module.named_parameters():
+        for moment in optimizer_state.MOMENTS:
+            assert torch.equal(state[f"{name}.{moment}"], engine._optimizer.state[parameter][moment])
 
 
 def test_a_state_is_that_of_an_optimizer_that_was_never_stopped(tmp_path: Path) -> None:
