@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from distilllens.lens_rows import ALL_ROWS, LensRows
-from distilllens.tails import Tail
+from distilllens.tails import Tail, tails_on
 from distilllens.targets import SparseTargets, stack_targets
 from distilllens_cache import CachedExample
 
@@ -66,7 +66,7 @@ class Batch:
             is_target=self.is_target.to(device, non_blocking=True),
             next_ids=self.next_ids.to(device, non_blocking=True),
             targets={layer: targets.to(device) for layer, targets in self.targets.items()},
-            tails={layer: tail.to(device) for layer, tail in self.tails.items()},
+            tails=tails_on(self.tails, device),
             lens_rows=self.lens_rows.to(device),
             position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
         )

@@ -110,6 +110,9 @@ def load_deepspeed_config(config: TrainConfig, facts: RunFacts) -> ResolvedDeepS
     resolved = _resolve(file, name, known, free, autos)
     _require_adamw(resolved.pop("optimizer", {}), name)
     notes = _notes(resolved.pop("scheduler", {}), config, name)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        # DeepSpeed would otherwise take a GPU, or look for an accelerator's compiler at import.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _require_valid_values(resolved, name)
     _require_no_nvme(resolved, name)
     values = {key: value for key, value in known.items() if "." not in key} | resolved
@@ -216,9 +219,6 @@ def _unknown(name: str, key: str, known: set[str]) -> str:
 
 def _require_valid_values(resolved: dict[str, Any], name: str) -> None:
     """DeepSpeed's own models judge what has one: unknown keys, types and ranges."""
-    if not torch.cuda.is_available():
-        # DeepSpeed would otherwise look for an accelerator's compiler at import.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for key, model in SECTIONS.items():
         if key not in resolved or not isinstance(model, str):
             continue

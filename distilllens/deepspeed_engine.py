@@ -3,7 +3,9 @@
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,7 +56,10 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed's own CPU optimizer would have to be compiled; torch's fused one comes compiled.
         own = build_optimizer(student, config, fused=True if resolved.offloads_optimizer else None)
         initialize: Any = deepspeed.initialize
-        self._engine, optimizer, *_ = initialize(model=student, optimizer=own, config=resolved.values)
+        # It would take the device of the local rank, which a launcher may have hidden from this one.
+        place = SimpleNamespace(device_rank=device.index or 0)
+        self._engine, optimizer, *_ = initialize(args=place, model=student, optimizer=own, config=resolved.values)
+        self._has_autocast = resolved.values.get("torch_autocast", {}).get("enabled", False)
         self._optimizer: Any = optimizer
         self._is_plain = optimizer is own
         self._steps = 0
@@ -63,6 +68,9 @@ class DeepSpeedEngine(Engine):
 
     def forward(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
         return self._engine(batch, **options)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._has_autocast else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is already divided by the step's targets over all ranks.

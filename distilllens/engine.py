@@ -1,6 +1,7 @@
 """Where a step meets hardware: what every engine does, and the optimizer that it runs."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,10 @@ class Engine(ABC):
     @abstractmethod
     def forward(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
         """The student's sums for a batch on this rank; ``options`` go to its ``forward``."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """While entered, the model alone computes in the number type that ``forward`` gives it."""
+        return nullcontext()
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

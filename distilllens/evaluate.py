@@ -17,7 +17,7 @@ from distilllens.config import EvaluateConfig, save_config
 from distilllens.data import Prompt
 from distilllens.generate import Sampling, check_positions, end_tokens, generate
 from distilllens.lens_samples import sample_lens, with_final, write_lens_samples
-from distilllens.models import load_model, pick_device
+from distilllens.models import load_model, pick_device, require_kernel
 from distilllens.predictions import EvaluationFolder, Key, Prediction, check_folder, write_json
 from distilllens.reference_loss import sum_of_losses
 from distilllens.results import (
@@ -50,6 +50,8 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateResults:
     ValueError for whatever a user can have got wrong.
     """
     device = pick_device(config.device)
+    is_16_bit = config.dtype != "float32"
+    require_kernel(config.attn_implementation, device, is_16_bit=is_16_bit, flag="--dtype bfloat16")
     check_request(config)
     check_folder(config.output_dir)
     subjects = [open_subject(name, config) for name in config.model]

@@ -185,8 +185,10 @@ def _pass(
     needed = [need and task.wants_gradient for need in needed]
     work = _Workspace(task, bias, factors, needed)
     num_rows = len(factors[0])
-    for start in range(0, num_rows, task.chunk_rows):
-        work.run(slice(start, min(start + task.chunk_rows, num_rows)))
+    # A second pass for gradients may be asked for under autocast again.
+    with torch.autocast(factors[0].device.type, enabled=False):
+        for start in range(0, num_rows, task.chunk_rows):
+            work.run(slice(start, min(start + task.chunk_rows, num_rows)))
     weights = torch.tensor([loss.weight for group in task.groups for loss in group.losses], dtype=torch.float64)
     total = (work.sums[:, 0] * weights.to(work.sums.device)).sum()
     return total.to(work.full), work.sums.to(work.full), work.gradients()

@@ -27,6 +27,7 @@ from transformers.generation.logits_process import (
 )
 
 from distilllens.data import Prompt
+from distilllens.lens import execution_device
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,14 @@ def generate(
     # Padding is known by its place and never by its id: the id may be that of the end token.
     pad = next(iter([*_ids(tokenizer.pad_token_id), *sorted(ends)]), 0)
     rows = [[pad] * left + list(prompt.token_ids) for prompt, left in zip(prompts, padding, strict=True)]
+    device = execution_device(model.get_input_embeddings())
     ids_BT = torch.tensor(rows)
     mask_BT = torch.arange(width) >= torch.tensor(padding)[:, None]
     with _without_own_defaults(model):
         output_BT = model.generate(  # pyright: ignore[reportCallIssue]
-            ids_BT.to(model.device),
-            attention_mask=mask_BT.long().to(model.device),
-            logits_processor=_processors(prompts, padding, sampling, seed, vocab_size, model.device),
+            ids_BT.to(device),
+            attention_mask=mask_BT.long().to(device),
+            logits_processor=_processors(prompts, padding, sampling, seed, vocab_size),
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
                 do_sample=False,  # the last processor has drawn already
@@ -138,7 +140,6 @@ def _processors(
     sampling: Sampling,
     seed: int,
     vocab_size: int,
-    device: torch.device,
 ) -> LogitsProcessorList:
     processors = LogitsProcessorList([_KnownTokensOnly(vocab_size)])
     if sampling.no_repeat_ngram_size > 0:
@@ -152,7 +153,7 @@ def _processors(
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(_Draw([row_generator(seed, prompt.id, device) for prompt in prompts]))
+    processors.append(_Draw(seed, [prompt.id for prompt in prompts]))
     return processors
 
 
@@ -185,10 +186,13 @@ class _NoRepeatNGram(LogitsProcessor):
 class _Draw(LogitsProcessor):
     """Perturbs scores so that the largest is a sample, each row with its own random numbers."""
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._generators = generators
+    def __init__(self, seed: int, rows: Sequence[str]) -> None:
+        self._seed, self._rows = seed, rows
+        self._generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        # Of the scores' own device, which is the head's: a model may be spread over several.
+        self._generators = self._generators or [row_generator(self._seed, row, scores.device) for row in self._rows]
         noise_BV = torch.empty_like(scores)
         for row, generator in zip(noise_BV, self._generators, strict=True):
             row.exponential_(generator=generator)

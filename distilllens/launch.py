@@ -114,9 +114,11 @@ def is_distributed() -> bool:
 def choose_device(name: str) -> torch.device:
     """The device of this rank: the one asked for, and under a launcher the CUDA device of the local rank."""
     device = pick_device(name)
-    if device.type == "cuda" and device.index is None:
-        # A launcher may show each rank its own device only.
-        device = pick_device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+    if device.type == "cuda":
+        if device.index is None:
+            # A launcher may show each rank its own device only.
+            device = pick_device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+        # What NCCL takes to be a rank's device.
         torch.cuda.set_device(device)
     return device
 

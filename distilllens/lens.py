@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 from distilllens.chunked import ChunkLosses, sum_over_chunks
 from distilllens.fused import Adapter, Head
 
+LARGEST_GAP = {torch.bfloat16: 0.03, torch.float16: 0.004}
+"""By number type, how far the lens may lie from the model's own logits at the last layer, relative to the largest of
+them; 1e-4 in wider ones."""
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_out")
 """What the decoders of transformers call the norm before the head."""
 
@@ -184,23 +187,24 @@ class LogitLens(nn.Module):
 def check_lens(model: PreTrainedModel, lens: LogitLens) -> None:
     """Raise ValueError unless the lens at the final layer gives the model's own logits, and its norm is the last one.
 
-    This finds an architecture whose last step the lens doesn't know: a logit scale, a second norm, another head.
+    This finds an architecture whose last step the lens doesn't know: a logit scale, a second norm, another head. The
+    model is called where it lies and in the number type that it computes in, autocast included.
     """
     ids = torch.arange(min(8, lens.vocab_size), device=execution_device(model.get_input_embeddings()))[None]
+    own = model(input_ids=ids, use_cache=False).logits[0, :, : lens.vocab_size].float()
     seen: list[Tensor] = []
     norm = final_norm_of(decoder_of(model))
     handle = norm.register_forward_hook(lambda *call: seen.append(cast(Tensor, call[-1])))
     try:
-        own = model(input_ids=ids, use_cache=False).logits[0, :, : lens.vocab_size].float()
+        hidden = lens.hidden_states(ids, None, [lens.num_layers])[lens.num_layers][0]
     finally:
         handle.remove()
-    hidden = lens.hidden_states(ids, None, [lens.num_layers])[lens.num_layers][0]
     if not seen or not torch.equal(seen[-1][0].to(hidden.device), hidden):
         raise ValueError(
             f"{type(model).__name__}: the norm found is not the one before the head; report the architecture"
         )
     gap = (lens.logits(hidden, lens.num_layers).float().cpu() - own.cpu()).abs().max().item()
-    if gap > (1e-3 if hidden.dtype == torch.float32 else 0.25):
+    if gap > LARGEST_GAP.get(computing_dtype(model), 1e-4) * max(1.0, own.abs().max().item()):
         raise ValueError(
             f"{type(model).__name__}: the logit lens at the last layer differs from the model's own logits by "
             f"{gap:.3g}, so its head has a step the lens doesn't know; report the architecture"
@@ -232,6 +236,12 @@ def execution_device(module: nn.Module) -> torch.device:
     hook: Any = getattr(module, "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
     return next(module.parameters()).device if place is None else torch.device(place)
+
+
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The number type of the model's matrix products, here: that of autocast where it is on, else its weights'."""
+    kind = execution_device(model.get_input_embeddings()).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def num_layers(model: PreTrainedModel) -> int:

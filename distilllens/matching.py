@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.by_layer import TailChoice, parse_tail_choices
 from distilllens.layer_maps import Pairs, check_pairs, derive_pairs, equal_shares, parse_pairs, parse_shares
-from distilllens.lens import LogitLens, check_lens, num_layers
+from distilllens.lens import LogitLens, num_layers
 from distilllens.tails import BucketTail, ProfileTail, RenormTail, SampledTail, SketchTail, Tail
 from distilllens.vocabulary import tokenizer_digest
 from distilllens_cache import READER_FIELDS, CacheError, CacheReader, Identity, TailSpec, tail_profile
@@ -50,6 +50,8 @@ def match_student(
 ) -> Matching:
     """Check that ``model`` can be trained from or measured against a cache, and settle pairs and tails.
 
+    The model is not called: `check_lens` is for where it computes.
+
     Raises CacheError or ValueError naming the field: another tokenizer, a vocabulary larger than the student's
     head, a pair outside the model, a layer or a tail profile that the cache doesn't hold.
     """
@@ -68,7 +70,6 @@ def match_student(
         )
     mismatches = reader.require(tokenizer_digest=digest, allow_mismatch=fields)
     lens = LogitLens(model, lens_norm=identity.lens_norm, vocab_size=identity.vocab_size)
-    check_lens(model, lens)
     if pairs is not None:
         chosen, shares = parse_pairs(pairs), parse_shares(pairs)
     else:

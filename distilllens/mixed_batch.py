@@ -88,7 +88,7 @@ class MixedBatch(Batch):
         mixtures = {name: self._mixture(layers, vocab_size) for name, layers in places.items()}
         # Teachers are compared at all positions, and averages are over those that are trained on.
         lengths = np.array(self.num_targets)
-        scale = num_taken(lengths, objectives[0].positions.share).sum() / lengths.sum()
+        scale = float(num_taken(lengths, objectives[0].positions.share).sum() / lengths.sum())
         sums = {f"teacher_jsd/{name}": scale * mixture.jsd.sum() for name, mixture in mixtures.items()}
         if self.mix == "losses":
             return self.views, sums

@@ -118,6 +118,18 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def require_kernel(attn_implementation: str, device: torch.device, *, is_16_bit: bool, flag: str) -> None:
+    """ValueError where FlashAttention is asked for and cannot run; ``flag`` asks for 16 bits."""
+    if not attn_implementation.startswith("flash_attention"):
+        return
+    if device.type == "cpu":
+        raise ValueError(
+            f"--attn-implementation {attn_implementation} needs a CUDA device, and this is a CPU: take sdpa"
+        )
+    if not is_16_bit:
+        raise ValueError(f"--attn-implementation {attn_implementation} computes in 16 bits only: give {flag}, or sdpa")
+
+
 def config_digest(model: PreTrainedModel) -> str:
     """sha256 (hex) of the settings that shape what a model computes: not its name, dtype or kernels."""
     canonical = json.dumps(_shaping(model.config.to_dict()), sort_keys=True, default=str)

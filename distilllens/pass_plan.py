@@ -15,7 +15,7 @@ from distilllens.generated_rows import generated_examples
 from distilllens.launch import choose_device
 from distilllens.layer_maps import parse_layers
 from distilllens.lens import LogitLens, check_lens, num_layers
-from distilllens.models import config_digest, load_model, load_tokenizer
+from distilllens.models import config_digest, load_model, load_tokenizer, require_kernel
 from distilllens.teacher_pass import TeacherPass
 from distilllens.template import resolve_template
 from distilllens.vocabulary import (
@@ -73,6 +73,8 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     """Open teacher and rows, check that they fit, and settle the cache's identity."""
     if config.device_map is None:
         device = choose_device(config.device)
+        is_16_bit = config.dtype != "float32"
+        require_kernel(config.attn_implementation, device, is_16_bit=is_16_bit, flag="--dtype bfloat16")
     else:
         device = torch.device("cpu")  # not used: the map says where each part goes
         require_device_map(config.device_map)

@@ -144,7 +144,7 @@ class _Clock:
     """Seconds of a piece of work, the device's part included."""
 
     def __init__(self, plan: Plan) -> None:
-        self._device = plan.teacher.model.device
+        self._device = plan.teacher.lens.device
         self._started = 0.0
 
     def time(self, work: Callable[[], Result]) -> tuple[float, Result]:

@@ -125,6 +125,11 @@ class SampledTail(Tail):
         return _write(with_samples, targets.ids, targets.log_probs, targets.is_kept)
 
 
+def tails_on(tails: dict[int, Tail], device: torch.device) -> dict[int, Tail]:
+    """Tails by layer on another device."""
+    return {layer: tail.to(device) for layer, tail in tails.items()}
+
+
 class ShapedTail(Tail):
     """A tail that completes each target to a distribution over the vocabulary."""
 
@@ -192,12 +197,14 @@ class SketchTail(ShapedTail):
 
     def shape(self, targets: SparseTargets, vocabulary: slice = slice(None)) -> Float[Tensor, "N chunk"]:
         """The sketched logits."""
-        return self._capped(self._codes(targets) @ self.basis[vocabulary].T + self.offset[vocabulary])
+        with self._in_full():
+            return self._capped(self._codes(targets) @ self.basis[vocabulary].T + self.offset[vocabulary])
 
     def shape_at(self, targets: SparseTargets, ids: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
         """The sketched logits of some tokens."""
         codes = self._codes(targets)[:, :, None]
-        return self._capped((self.basis[ids] @ codes)[..., 0] + self.offset[ids])
+        with self._in_full():
+            return self._capped((self.basis[ids] @ codes)[..., 0] + self.offset[ids])
 
     def to(self, device: torch.device) -> "SketchTail":
         """This tail on another device."""
@@ -207,6 +214,10 @@ class SketchTail(ShapedTail):
         if targets.codes is None:
             raise ValueError("the tail `sketch` needs targets with codes")
         return targets.codes[:, : self.rank].to(self.basis)
+
+    def _in_full(self) -> torch.autocast:
+        # In bfloat16, as a student's own products are, these logits would err by 0.1 and more.
+        return torch.autocast(self.basis.device.type, enabled=False)
 
     def _capped(self, logits: Tensor) -> Tensor:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

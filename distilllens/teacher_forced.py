@@ -8,10 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.batches import pack_by_length
 from distilllens.collate import Batch, collate
+from distilllens.lens import check_lens
 from distilllens.matching import Matching, match_student
 from distilllens.objective import Objective
 from distilllens.student import Student
-from distilllens.tails import Tail
+from distilllens.tails import Tail, tails_on
 from distilllens_cache import CacheReader
 
 MEASURE_TOKENS = 4096
@@ -45,6 +46,7 @@ def averages(
     batches = pack_by_length(reader.num_tokens[:size].tolist(), token_budget=MEASURE_TOKENS)
     # Neighbours in a shard are read together.
     batches = sorted(sorted(batch) for batch in batches)
+    tails = tails_on(tails, device)
     totals: dict[str, Tensor] = {}
     for start in range(0, len(batches), world_size):
         # Under ZeRO-3 every rank takes part in every forward pass; those without a batch left repeat the last one.
@@ -81,6 +83,7 @@ def measured_student(
 ) -> tuple[Student, Matching]:
     """A loaded model held against a cache, to be measured; raises what `match_student` does."""
     matching = match_student(model, tokenizer, reader, pairs=pairs, tail=tail, allow_mismatch=allow_mismatch)
+    check_lens(model, matching.lens)
     objective = Objective(task="fkl", lens_divergence="jsd", pairs=matching.pairs, lens_weight=1.0, kd_ratio=1.0)
     return Student(model, matching.lens, objective).eval(), matching
 

@@ -1,6 +1,6 @@
 """One process in plain torch."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ class TorchEngine(Engine):
         self._steps = 0
 
     def forward(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
-        with autocast:
+        with self.autocast():
             return self._student(batch, **options)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

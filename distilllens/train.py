@@ -5,10 +5,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distilllens.batches import Steps
 from distilllens.checkpoint import (
@@ -21,6 +23,7 @@ from distilllens.checkpoint import (
     save_model,
     take_student,
 )
+from distilllens.collate import Batch
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
 from distilllens.deepspeed_config import RunFacts
@@ -29,16 +32,19 @@ from distilllens.engine import Engine
 from distilllens.example_log import ExampleLog
 from distilllens.interruption import Interruption
 from distilllens.launch import choose_device, is_distributed, join_ranks, start_engine, world_size
+from distilllens.lens import check_lens
 from distilllens.lens_schedule import lens_factor
 from distilllens.loss_watch import PATIENCE, running_median
 from distilllens.metrics import Metrics, RunningSums, history_entry
 from distilllens.mixed_batch import MixedBatch
 from distilllens.mixture import DataMixture, MixedReadAhead
-from distilllens.models import load_model
+from distilllens.models import load_model, require_kernel
+from distilllens.packing import check_packing
 from distilllens.quiet import quiet_libraries
 from distilllens.replacing import replacing
 from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
+from distilllens.student import Student
 from distilllens.trackers import check_trackers
 from distilllens.training_run import TrainingRun, open_run
 from distilllens.validation import Validation, open_validation
@@ -62,6 +68,7 @@ def run_train(config: TrainConfig) -> Path:
     """Train as ``config`` says; the folder of the final model."""
     join_ranks()
     device = choose_device(config.device)
+    require_kernel(config.attn_implementation, device, is_16_bit=config.bf16, flag="--bf16")
     check_trackers(tracker_names(config.report_to))
     _check_output(config)
     checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
@@ -71,7 +78,7 @@ def run_train(config: TrainConfig) -> Path:
 
 def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) -> None:
     """Train what was opened, from the start or on from ``checkpoint``, and save the student."""
-    config = run.config
+    config, run = run.config, run.on(device)
     validation = open_validation(run)
     steps = Steps(
         run.source,
@@ -93,7 +100,7 @@ def run_opened(run: TrainingRun, device: torch.device, checkpoint: Path | None) 
             engine.load_state(checkpoint)
             say(f"Resuming from {checkpoint} after step {state.global_step}")
         with steps.read_ahead(stop=num_steps * steps.examples_per_step) as examples:
-            _self_check(run, examples, steps)
+            _self_check(run, engine, examples, steps)
             with _output(config, engine):
                 # Trackers start here: one that cannot costs nothing that was in the folder.
                 metrics = Metrics(config, engine, num_steps=num_steps, resumed_step=state.global_step)
@@ -136,7 +143,7 @@ def train(
                 engine.backward(losses["total"] / num_targets)
                 if taken is not None:
                     taken.add(batch.ids)
-                sums.add(losses, tokens=int(batch.attention_mask.sum()), waited=waited)
+                sums.add(losses, tokens=sum(len(example.token_ids) for example in chosen), waited=waited)
             rate = learning_rate(step, num_steps=num_steps, config=config)
             gradient_norm = engine.update(rate)
             _require_finite(gradient_norm, "gradient norm", _ids(run, steps, step), state, config)
@@ -200,9 +207,14 @@ def _save_student(run: TrainingRun, engine: Engine, state: RunState) -> None:
     say(f"Trained {state.global_step} steps; the student is in {config.output_dir}{which}")
 
 
-def _self_check(run: TrainingRun, examples: ReadAhead | MixedReadAhead, steps: Steps) -> None:
-    if not run.reads_targets:
-        return
+def _check_student(student: Student, batch: Batch, *, packing: bool) -> dict[str, Tensor]:
+    check_lens(student.model, student.lens)
+    if packing:
+        check_packing(student.model, student.lens)
+    return {}
+
+
+def _self_check(run: TrainingRun, engine: Engine, examples: ReadAhead | MixedReadAhead, steps: Steps) -> None:
     objective, vocab_size = run.student.objective, run.student.lens.vocab_size
     chosen = [examples[place] for place in steps.places(0, 0, 0)]
     if not any(len(one.target_positions) for one in chosen):
@@ -210,7 +222,13 @@ def _self_check(run: TrainingRun, examples: ReadAhead | MixedReadAhead, steps: S
     if isinstance(run.source, DataMixture):
         # A cache of little weight may not be among the first examples.
         chosen += [run.source[int(start)] for start in run.source.starts[:-1]]
-    batch = run.batch(chosen, 0)
+    batch = run.batch(chosen, 0).to(engine.device)
+    # As the student is trained: attention kernels know some devices and number types only, and weights may be sharded.
+    engine.train(False)
+    with torch.no_grad():
+        engine.forward(batch, read=partial(_check_student, packing=run.config.packing))
+    if not run.reads_targets:
+        return
     if isinstance(batch, MixedBatch):
         for view in batch.taught(vocab_size=vocab_size)[0]:
             check_objective(view.batch, view.teaching.objective, vocab_size=vocab_size)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distilllens.adapters import LoraAdapter, add_adapter, continue_adapter
@@ -17,7 +18,7 @@ from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.data import Example, load_configured
 from distilllens.layer_maps import Pairs
-from distilllens.lens import LogitLens, check_lens
+from distilllens.lens import LogitLens
 from distilllens.lens_rows import LensRows, choose_lens_rows
 from distilllens.matching import ALIGNMENT, Matching, match_student, split_names
 from distilllens.mixed_batch import Teaching, Teachings, collate_mixed
@@ -25,11 +26,11 @@ from distilllens.mixture import DataMixture, MixedExample
 from distilllens.model_source import local_path, source_kind
 from distilllens.models import adapter_base, load_model, load_tokenizer
 from distilllens.objective import Gate, Objective, Positions
-from distilllens.packing import check_packing, pack, wants_one_row
+from distilllens.packing import pack, wants_one_row
 from distilllens.self_check import check_alignment
 from distilllens.several_caches import check_teachings, match_each, open_caches
 from distilllens.student import Student
-from distilllens.tails import Tail
+from distilllens.tails import Tail, tails_on
 from distilllens.vocabulary import effective_vocab_size, require_matching_tokenizer
 from distilllens_cache import CachedExample, CacheReader
 
@@ -117,6 +118,14 @@ class TrainingRun:
             return collate(examples, self.tails, lens_rows=lens_rows(examples), packs=packs)
         return collate_mixed(cast(Sequence[MixedExample], examples), self.teachings, lens_rows=lens_rows, packs=packs)
 
+    def on(self, device: torch.device) -> "TrainingRun":
+        """This run with what all its batches share on ``device``, where it is then moved once."""
+        teachings = self.teachings
+        if teachings is not None:
+            each = tuple(replace(one, tails=tails_on(one.tails, device)) for one in teachings.each)
+            teachings = replace(teachings, each=each)
+        return replace(self, tails=tails_on(self.tails, device), teachings=teachings)
+
     @property
     def saved(self) -> Saved:
         """What checkpoints and the output folder hold."""
@@ -124,7 +133,7 @@ class TrainingRun:
 
 
 def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
-    """Open student and data and check that they belong together; nothing is written.
+    """Open student and data and check that they belong together; nothing is written, and the student is not called.
 
     ``start_from`` is the checkpoint whose weights the student has, when a run is resumed.
     """
@@ -147,8 +156,6 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     if adapter is not None:
         identity["lora_base"] = adapter.base_digest
     lens = _lens_of(opened, evaluation)
-    if config.packing:
-        check_packing(model, lens)
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
     student = Student(model, lens, opened.objective, chunk_rows=config.loss_chunk_rows)
@@ -260,7 +267,6 @@ def _from_rows(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTraine
     examples = load_configured(config, config.dataset, tokenizer)
     say(examples.report())
     lens = LogitLens(model, lens_norm="final", vocab_size=effective_vocab_size(model, tokenizer))
-    check_lens(model, lens)
     return _Opened(
         TokenizedRows(examples.examples),
         lens,

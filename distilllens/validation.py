@@ -83,15 +83,16 @@ class Validation:
         rouge, scores = RougeL(), []
         for start in range(0, len(own), ROWS_AT_A_TIME):
             some = own[start : start + ROWS_AT_A_TIME]
-            answers = generate(
-                model,
-                tokenizer,
-                some,
-                _sampling(self.run),
-                seed=0,
-                vocab_size=effective_vocab_size(model, tokenizer),
-                ends=self.ends,
-            )
+            with engine.autocast():
+                answers = generate(
+                    model,
+                    tokenizer,
+                    some,
+                    _sampling(self.run),
+                    seed=0,
+                    vocab_size=effective_vocab_size(model, tokenizer),
+                    ends=self.ends,
+                )
             scores += [rouge.score(one.text, row.references) for one, row in zip(answers, some, strict=True)]
         sums = torch.tensor([sum(scores), len(scores)], dtype=torch.float64, device=engine.device)
         total, count = engine.all_sum(sums).tolist()

@@ -93,6 +93,24 @@ def launch(folder: Path, runs: list[dict], *, world_size: int) -> subprocess.Com
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
 
 
+@pytest.fixture(scope="module")
+def two(base, tiny_model_folder, tmp_path_factory) -> dict[str, Path]:
+    """The folders of runs of two ranks that different tests look at, from one launch: starting ranks takes longest."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("bfloat16", "head", "measured", "lora")}
+    runs = in_bfloat16(base, folders["bfloat16"])
+    for task in ("fkl", "akl"):
+        settings = with_head(base, tiny_model_folder, task)
+        config = config_of(settings, folders["head"] / task, "3", world_size=2, loss_chunk_rows=5)
+        runs.append({"config": config, "only_fused": task == "fkl"})
+    for zero in ("2", "3"):
+        runs.append({"config": config_of(held_out(base), folders["measured"] / zero, zero, world_size=2)})
+    adapters = config_of(with_adapters(base), folders["lora"] / "3", "3", world_size=2)
+    runs.append({"config": adapters, "one_by_one": True})
+    done = launch(tmp_path_factory.mktemp("two"), runs, world_size=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
 def losses(run: Path) -> list[float]:
     return [line["train/loss"] for line in read_metrics(run)]
 
@@ -170,86 +188,90 @@ def test_a_run_whose_ranks_are_killed_twice_ends_with_the_very_numbers_of_one_th
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow
-def test_bfloat16_follows_one_process_at_every_stage_and_resumes_exactly(base, program, tmp_path) -> None:
-    sizes = {"per_device_train_batch_size": EXAMPLES_PER_STEP}
-    program.run({**base, **sizes, "bf16": True, "output_dir": str(tmp_path / "one")})
+def in_bfloat16(base: dict, folder: Path) -> list[dict]:
     runs = []
     for zero in ("0", "1", "2", "3-offload"):
-        config = config_of(base, tmp_path / zero, zero, world_size=2, bf16=True)
+        config = config_of(base, folder / zero, zero, world_size=2, bf16=True)
         stored = json.loads(Path(config["deepspeed"]).read_text()) | {"bf16": {"enabled": "auto"}}
         Path(config["deepspeed"]).write_text(json.dumps(stored))
-        again = {**config, "output_dir": str(tmp_path / f"{zero}-again")}
-        runs += [{"config": config}, {"config": {**again, "resume_from_checkpoint": f"{tmp_path}/{zero}/checkpoint-2"}}]
-    done = launch(tmp_path, runs, world_size=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+        again = {**config, "output_dir": str(folder / f"{zero}-again")}
+        runs += [{"config": config}, {"config": {**again, "resume_from_checkpoint": f"{folder}/{zero}/checkpoint-2"}}]
+    return runs
+
+
+@pytest.mark.slow
+def test_bfloat16_follows_one_process_at_every_stage_and_resumes_exactly(base, program, two, tmp_path) -> None:
+    sizes = {"per_device_train_batch_size": EXAMPLES_PER_STEP}
+    program.run({**base, **sizes, "bf16": True, "output_dir": str(tmp_path / "one")})
     for zero in ("0", "1", "2", "3-offload"):
-        assert losses(tmp_path / zero) == pytest.approx(losses(tmp_path / "one"), rel=0.02)
-        assert losses(tmp_path / f"{zero}-again") == losses(tmp_path / zero)[2:]
+        run = two["bfloat16"] / zero
+        assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=0.02)
+        assert losses(run.with_name(f"{zero}-again")) == losses(run)[2:]
+
+
+def with_head(base: dict, tiny_model_folder, task: str) -> dict:
+    student = str(tiny_model_folder("llama", num_layers=3, seed=1, tied=task == "akl"))
+    return {**base, "student": student, "task": task}
 
 
 @pytest.mark.slow
-def test_a_head_sharded_by_zero_3_is_whole_in_every_way_through_it(base, program, tiny_model_folder, tmp_path) -> None:
+@pytest.mark.parametrize("task", ["fkl", "akl"])
+def test_a_head_sharded_by_zero_3_is_whole_in_every_way_through_it(
+    base, program, two, tiny_model_folder, tmp_path, task: str
+) -> None:
     """Ranks have different numbers of rows, so their numbers of chunks differ too. ``akl`` has no fused form."""
-    runs = []
-    for task in ("fkl", "akl"):
-        student = str(tiny_model_folder("llama", num_layers=3, seed=1, tied=task == "akl"))
-        settings = {**base, "student": student, "task": task}
-        one = {"per_device_train_batch_size": EXAMPLES_PER_STEP, "output_dir": str(tmp_path / f"{task}-one")}
-        program.run({**settings, **one})
-        config = config_of(settings, tmp_path / task, "3", world_size=2, loss_chunk_rows=5)
-        runs.append({"config": config, "only_fused": task == "fkl"})
-    done = launch(tmp_path, runs, world_size=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for task in ("fkl", "akl"):
-        require_equal(tmp_path / task, tmp_path / f"{task}-one")
+    one = {"per_device_train_batch_size": EXAMPLES_PER_STEP, "output_dir": str(tmp_path / "one")}
+    program.run({**with_head(base, tiny_model_folder, task), **one})
+    require_equal(two["head"] / task, tmp_path / "one")
 
 
-@pytest.mark.slow
-def test_ranks_measure_and_select_as_one_process_does(base, program, tmp_path) -> None:
-    """Five rows to answer, on two ranks."""
-    held_out = {
+def held_out(base: dict) -> dict:
+    return {
+        **base,
         "eval_cache": base["cache"], "eval_dataset": str(Path(base["cache"]).parent / "rows.jsonl"), "eval_limit": 5,
         "eval_max_new_tokens": 6, "eval_steps": 2, "max_length": 300, "metric_for_best_model": "kl",
         "load_best_model_at_end": True,
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_measure_and_select_as_one_process_does(base, program, two, tmp_path) -> None:
+    """Five rows to answer, on two ranks."""
     sizes = {"per_device_train_batch_size": EXAMPLES_PER_STEP, "output_dir": str(tmp_path / "one")}
-    program.run({**base, **held_out, **sizes})
-    runs = [{"config": config_of(base, tmp_path / zero, zero, world_size=2, **held_out)} for zero in ("2", "3")]
-    done = launch(tmp_path, runs, world_size=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    program.run({**held_out(base), **sizes})
     one, wanted = (read_metrics(tmp_path / "one"), load_file(tmp_path / "one" / "model.safetensors"))
     for zero in ("2", "3"):
-        two = read_metrics(tmp_path / zero)
-        assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 2, 3, 4, 4]
-        for mine, theirs in zip(two, one, strict=True):
+        run = two["measured"] / zero
+        lines = read_metrics(run)
+        assert [line["step"] for line in lines] == [line["step"] for line in one] == [1, 2, 2, 3, 4, 4]
+        for mine, theirs in zip(lines, one, strict=True):
             assert mine.keys() == theirs.keys()
             for name in mine.keys() - {"train/tokens_per_s", "train/data_wait", "train/peak_memory_gb"}:
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
-        samples = [json.loads((tmp_path / name / "lens_samples.json").read_text()) for name in ("one", zero)]
+        samples = [json.loads((folder / "lens_samples.json").read_text()) for folder in (tmp_path / "one", run)]
         assert samples[0]["step"] == samples[1]["step"]
         for mine, theirs in zip(samples[1]["examples"], samples[0]["examples"], strict=True):
             assert mine["pairs"][0]["jsd"] == pytest.approx(theirs["pairs"][0]["jsd"], abs=1e-3)
-        found = load_file(tmp_path / zero / "model.safetensors")
+        found = load_file(run / "model.safetensors")
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow
-def test_a_lora_student_sharded_by_zero_3_learns_what_it_learns_alone(base, program, tmp_path) -> None:
-    """With an adapter on the head that the lens must not train, and with chosen positions."""
-    settings = {
+def with_adapters(base: dict) -> dict:
+    return {
         **base, "lora_r": 4, "lora_target_modules": "q_proj,lm_head", "lora_merge": True, "lens_head_grad": "off",
         "positions_share": 0.5, "task": "rkl",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_lora_student_sharded_by_zero_3_learns_what_it_learns_alone(base, program, two, tmp_path) -> None:
+    """With an adapter on the head that the lens must not train, and with chosen positions."""
     sizes = {"per_device_train_batch_size": EXAMPLES_PER_STEP, "output_dir": str(tmp_path / "one")}
-    program.run({**settings, **sizes})
-    run = {"config": config_of(settings, tmp_path / "three", "3", world_size=2), "one_by_one": True}
-    done = launch(tmp_path, [run], world_size=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    program.run({**with_adapters(base), **sizes})
+    assert losses(two["lora"] / "3") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     for name in ("adapter_model.safetensors", "merged/model.safetensors"):
-        one, three = (load_file(tmp_path / run / name) for run in ("one", "three"))
+        one, three = (load_file(run / name) for run in (tmp_path / "one", two["lora"] / "3"))
         assert one.keys() == three.keys()
         for weight in one:
             torch.testing.assert_close(three[weight], one[weight], atol=1e-4, rtol=0)

@@ -4,13 +4,17 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import distilllens.train as train_module
 from distilllens.cache_teacher import run_cache_teacher
+from distilllens.checkpoint import OURS, STATE
 from distilllens.config import CacheTeacherConfig, TrainConfig
 from distilllens.divergence import jensen_shannon
 from distilllens.metrics import read_metrics
@@ -232,6 +236,17 @@ def test_old_checkpoints_go_and_the_newest_stay(student, make_cache, tmp_path) -
     ]
 
 
+def test_without_a_limit_all_checkpoints_stay_and_the_loss_is_watched_after_the_warm_up(
+    student, make_cache, tmp_path
+) -> None:
+    train(student, make_cache(), tmp_path / "run", save_steps=2, warmup_steps=2)
+    names = [f"checkpoint-{step}" for step in (2, 4, 6)]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == names
+    states = [json.loads((tmp_path / "run" / name / STATE).read_text()) for name in names]
+    watched = [state["stateful_callbacks"][OURS]["attributes"]["loss_watch"]["recent"] for state in states]
+    assert [len(recent) for recent in watched] == [0, 2, 4]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     student, make_cache, tmp_path, monkeypatch
 ) -> None:
@@ -242,6 +257,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         run = engine.forward
 
         def with_nan(batch, **options):
+            if "read" in options:  # the check before the first step
+                return run(batch, **options)
             calls.append(1)
             losses = run(batch, **options)
             return {**losses, "total": losses["total"] * float("nan")} if len(calls) == 5 else losses
@@ -368,6 +385,23 @@ def test_bfloat16_follows_float32(student, make_cache, tmp_path) -> None:
     half = train(student, make_cache(), tmp_path / "half", bf16=True)
     assert [line["train/loss"] for line in half] == pytest.approx([line["train/loss"] for line in plain], rel=0.1)
     assert weights(tmp_path / "half")["lm_head.weight"].dtype == torch.float32
+
+
+def test_a_student_is_called_in_no_other_number_type_than_it_is_trained_in(student, make_cache, rows, tmp_path) -> None:
+    """As attention kernels need it that know 16 bits only: before the first step, in it, and for answers."""
+    called = []
+
+    def of_16_bits(*arguments: Any, **options: Any) -> Any:
+        called.append(torch.is_autocast_enabled("cpu"))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **options)
+
+    AttentionInterface.register("of_16_bits", of_16_bits)
+    AttentionMaskInterface.register("of_16_bits", sdpa_mask)
+    measured = {"eval_cache": make_cache(), "eval_dataset": str(rows), "eval_limit": 2, "eval_max_new_tokens": 3}
+    settings = {"attn_implementation": "of_16_bits", "bf16": True, "packing": True, "max_length": 300, "max_steps": 1}
+    lines = train(student, make_cache(), tmp_path / "run", **measured, **settings)
+    assert "eval/rouge_l" in lines[-1]
+    assert all(called)
 
 
 @pytest.mark.parametrize(

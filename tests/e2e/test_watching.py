@@ -228,6 +228,8 @@ def test_a_loss_that_leaves_for_good_stops_the_run_and_names_the_last_good_check
         forward = engine.forward
 
         def rising(batch, **options):
+            if "read" in options:  # the check before the first step
+                return forward(batch, **options)
             calls.append(batch.ids)
             losses = forward(batch, **options)
             return {**losses, "total": losses["total"] * (50.0 if len(calls) > leaves else 1.0)}

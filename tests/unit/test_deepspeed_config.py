@@ -60,8 +60,9 @@ def test_every_auto_of_a_hugging_face_file_is_resolved_and_told(tmp_path) -> Non
 
 
 def test_what_a_file_leaves_out_is_the_runs_own(tmp_path) -> None:
-    resolved = load(tmp_path, {"zero_optimization": {"stage": 1}}, max_grad_norm=0.5, bf16=False)
-    assert resolved.values["train_batch_size"] == 16
+    sizes = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4}
+    resolved = load(tmp_path, {"zero_optimization": {"stage": 1}}, max_grad_norm=0.5, bf16=False, **sizes)
+    assert resolved.values["train_batch_size"] == 2 * 3 * 4
     assert resolved.values["gradient_clipping"] == 0.5
     assert not resolved.autos
 

@@ -66,10 +66,11 @@ def test_a_value_that_is_no_number_is_never_the_best() -> None:
 
 
 def test_another_metric_begins_anew() -> None:
-    best = run(Selection("loss", None, 0.0), [1.0])
+    best = run(Selection("loss", None, 0.0), [1.0, 2.0, 3.0])
+    assert best.num_without_progress == 2
     assert not Selection("kl", 1, 0.0).is_over(best)
-    assert Selection("kl", 1, 0.0).look(best, {"eval/kl": 5.0}, step=2)
-    assert best == BestSoFar("kl", 5.0, 2, 0)
+    assert Selection("kl", 1, 0.0).look(best, {"eval/kl": 5.0}, step=4)
+    assert best == BestSoFar("kl", 5.0, 4, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Which rows the lens layers read: each as often as the share says, and the same however a step is divided."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from distilllens import lens_rows
 from distilllens.batches import Steps
 from distilllens.config import TrainConfig, load_config
 from distilllens.lens_rows import ALL_ROWS, LensRows, choose_lens_rows, draw_offset, take_evenly
+from distilllens.objective import Objective
 from distilllens.targets import SparseTargets, TailSamples
+from distilllens.training_run import TrainingRun
 from distilllens_cache import CachedExample
 
 LAYERS = (2, 5)
@@ -133,3 +137,15 @@ def test_a_share_that_is_none_is_refused_in_one_sentence(share: str) -> None:
     flags = {"student": "s", "cache": Path("c"), "output_dir": Path("o"), "lens_rows": share}
     with pytest.raises(ValueError, match=r"^the command line has 1 mistake:\n  lens_rows: Input should be [^\n]*$"):
         load_config(TrainConfig, file=None, flags=flags)
+
+
+def test_a_batch_of_a_run_reads_the_rows_of_its_step() -> None:
+    objective = Objective(task="fkl", lens_divergence="jsd", pairs=((2, 4),), lens_weight=1.0, kd_ratio=1.0)
+    flags = {"student": "s", "cache": Path("c"), "output_dir": Path("o"), "lens_rows": 0.4, "seed": 5}
+    run: Any = SimpleNamespace(
+        config=TrainConfig.model_validate(flags), student=SimpleNamespace(objective=objective), teachings=None, tails={}
+    )
+    some = [example(index, 9 + index) for index in range(4)]
+    for step in range(4):
+        wanted = choose_lens_rows(some, (2,), share=0.4, seed=5, step=step)
+        assert torch.equal(TrainingRun.batch(run, some, step).lens_rows.at(2), wanted.at(2))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilllens.loss_watch import FEWEST, PATIENCE, SMALLEST_MEDIAN, LossWatch
+from distilllens.loss_watch import FEWEST, PATIENCE, SMALLEST_MEDIAN, WINDOW, LossWatch
 
 
 def first_alarm(losses: list[float], ratio: float = 3.0) -> int | None:
@@ -34,6 +34,15 @@ def test_a_loss_that_leaves_for_good_stops_the_run_after_the_patience(start: int
 
 def test_a_spike_that_comes_back_does_not() -> None:
     assert first_alarm([1.0] * 60 + ([9.0] * (PATIENCE - 1) + [1.0]) * 5) is None
+
+
+def test_losses_above_never_become_the_median() -> None:
+    bursts = ([9.0] * (PATIENCE - 1) + [1.0]) * 8
+    assert first_alarm([1.0] * 60 + bursts + [9.0] * 50) == 60 + len(bursts) + PATIENCE
+
+
+def test_the_median_is_of_the_last_steps_alone() -> None:
+    assert first_alarm([10.0] * 300 + [1.0] * WINDOW + [4.0] * 50) == 300 + WINDOW + PATIENCE
 
 
 def test_nothing_is_judged_before_there_is_a_median() -> None:

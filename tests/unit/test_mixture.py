@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilllens.batches import Steps
+from distilllens.interleaving import Interleaving
 from distilllens.mixture import DataMixture, MixedExample, SameExamples
 from distilllens_cache import CachedExample, LayerTargets
 
@@ -79,6 +80,20 @@ def test_what_is_read_ahead_is_what_the_order_names_from_any_place_on() -> None:
             found = [examples[place] for place in range(first, first + 30)]
         assert [one.index for one in found] == run.order.indices(first, first + 30)
         assert [one.id for one in found] == [run.source[one.index].id for one in found]
+
+
+def test_a_run_that_ends_is_read_ahead_to_its_last_place_and_no_further() -> None:
+    run = steps([20, 7], [0.7, 0.3])
+    for stop in (1, 2, 9, 10, 30):
+        with run.read_ahead(stop=stop) as examples:
+            assert [examples[place].index for place in range(stop)] == run.order.indices(0, stop)
+            assert sum(part.stop for part in examples._parts) == stop
+
+
+def test_the_order_of_a_mixture_is_the_same_in_every_version() -> None:
+    assert "".join(str(Interleaving([0.7, 0.3])[place][0]) for place in range(10)) == "0010010001"
+    assert "".join(str(Interleaving([5, 3, 1, 1])[place][0]) for place in range(20)) == "01010201030101020103"
+    assert steps([9, 4], [0.7, 0.3], seed=42).order.indices(0, 14) == [6, 4, 9, 8, 2, 10, 0, 7, 5, 11, 3, 1, 12, 5]
 
 
 def test_an_example_is_named_with_its_cache_and_numbered_once() -> None:

@@ -266,6 +266,14 @@ def test_beyond_the_gate_forward_kl_takes_the_place_of_the_divergence(tiny_model
     assert ("lens_low/1:2" in sums) is (gate.lens == math.inf)
 
 
+def test_a_gate_adds_forward_kl_to_what_is_checked_at_its_layers() -> None:
+    both = dataclasses.replace(OBJECTIVE, task="rkl", gate=Gate(1.0, 1.0)).divergences(6)
+    none = dataclasses.replace(OBJECTIVE, task="rkl").divergences(6)
+    assert none == [*(("jsd", teacher) for _, teacher in OBJECTIVE.pairs), ("rkl", 6)]
+    layers = [teacher for _, teacher in OBJECTIVE.pairs]
+    assert sorted(set(both) - set(none)) == [("fkl", layer) for layer in (*layers, 6)]
+
+
 def test_gated_rows_stay_those_that_the_lens_reads(tiny_model, path: str) -> None:
     """Two halves of the rows, each standing for all, average to all of them."""
     teacher, student = Teacher(k=8), build(tiny_model, dataclasses.replace(OBJECTIVE, gate=Gate(1.5, 1.5)))

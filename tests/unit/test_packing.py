@@ -45,6 +45,9 @@ def test_a_packed_batch_has_the_tokens_and_targets_of_the_examples(lengths: list
     assert torch.equal(next_ids, torch.cat([_next(one) for one in packed]))
     positions = torch.cat([torch.from_numpy(one.target_positions.astype(np.int64)) for one in packed])
     assert torch.equal(batch.position_ids[batch.is_target], positions)
+    # Padding is a sequence of its own, and not a longer last one.
+    starts = (batch.position_ids == 0).sum().item()
+    assert starts == len(lengths) + (batch.attention_mask == 0).any(-1).sum().item()
 
 
 def _next(one: CachedExample) -> torch.Tensor:
