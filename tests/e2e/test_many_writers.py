@@ -57,10 +57,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def start(plan: Plan, rank: Ranks) -> Path | CacheError | KeyboardInterrupt:
+def start(plan: Plan, rank: Ranks) -> str | Path | BaseException:
     try:
         return write_cache(plan, rank)
-    except (CacheError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # or the other ranks would wait for this one
         return error
 
 
