@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from distilllens.launch import join_ranks
 from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
-from distilllens.remote_output import RESOLVED, RemoteOutput, remote_output
+from distilllens.remote_output import RESOLVED, RemoteOutput, for_dry_run, remote_output
 from distilllens.teacher_pass import TeacherPass
-from distilllens_cache import CacheError, CacheReader, CacheWriter, TailSpec, require_free, share_shards
+from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
 from distilllens_inspect.card import CARD, write_card
 
 DOUBT = 3
@@ -37,20 +37,22 @@ def run_cache_teacher(config: CacheTeacherConfig, *, damaged: Sequence[str] = ()
     if not config.dry_run:
         require_free(config.folder, ranks.seat)  # before a large teacher is loaded in vain
     with tempfile.TemporaryDirectory() as scratch, remote_output(config, ranks, damaged) as remote:
-        plan = open_plan(config, Path(scratch) / "tokenizer")
+        seen = for_dry_run(config, Path(scratch)) if config.dry_run else config
+        plan = open_plan(seen, Path(scratch) / "tokenizer")
         say(plan.examples.report())
         if config.dry_run:
             if ranks.is_main:
-                _tell_estimate(plan)
+                _tell_estimate(plan, config.folder)
             return config.output_dir
         return write_cache(plan, ranks, remote)
 
 
-def _tell_estimate(plan: Plan) -> None:
+def _tell_estimate(plan: Plan, folder: Path) -> None:
+    """Print what the pass would take, in ``folder``."""
     if not plan.to_write:
         print(f"{plan.config.output_dir} holds all {plan.num_present} rows already: nothing to add")
         return
-    found, space = estimate(plan), _space(plan)
+    found, space = estimate(plan), _space(plan, folder)
     print(describe(plan, found, space), flush=True)
     space.require(found.num_bytes)
 
@@ -153,20 +155,16 @@ def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
 
 def _require_space(plan: Plan) -> None:
     """`NoSpaceError` if the cache cannot fit. A sample is measured only where the settings alone leave a doubt."""
-    space = _space(plan)
+    space = _space(plan, plan.config.folder)
     num_targets = sum(example.num_targets for example in plan.to_write)
     if not space.fits(DOUBT * num_targets * bytes_per_target(plan.identity)):
         space.require(estimate(plan).num_bytes)
 
 
-def _space(plan: Plan) -> Space:
-    """The room for what the pass writes, to which a cache that it adds to does not belong."""
-    space = space_for(plan.config.folder)
-    with suppress(CacheError):  # without a manifest, all that an append adds is there
-        if plan.num_present:
-            of_cache = CacheReader(plan.config.folder).manifest.total_bytes
-            return replace(space, present=max(0, space.present - of_cache))
-    return space
+def _space(plan: Plan, folder: Path) -> Space:
+    """The room in ``folder`` for what the pass writes, to which a cache that it adds to does not belong."""
+    space = space_for(folder)
+    return replace(space, present=space.present - plan.present_bytes)
 
 
 def _require_determinism(plan: Plan) -> None:
