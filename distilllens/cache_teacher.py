@@ -21,7 +21,7 @@ from distilllens.launch import join_ranks
 from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
-from distilllens.remote_output import RESOLVED, RemoteOutput, for_dry_run, remote_output
+from distilllens.remote_output import RESOLVED, RemoteOutput, remote_output
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
 from distilllens_inspect.card import CARD, write_card
@@ -36,23 +36,24 @@ def run_cache_teacher(config: CacheTeacherConfig, *, damaged: Sequence[str] = ()
     ranks = ranks_of_environment()
     if not config.dry_run:
         require_free(config.folder, ranks.seat)  # before a large teacher is loaded in vain
-    with tempfile.TemporaryDirectory() as scratch, remote_output(config, ranks, damaged) as remote:
-        seen = for_dry_run(config, Path(scratch)) if config.dry_run else config
-        plan = open_plan(seen, Path(scratch) / "tokenizer")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        remote_output(config, ranks, Path(scratch), damaged) as (seen, remote),
+    ):
+        plan = replace(open_plan(seen, Path(scratch) / "tokenizer"), config=config)
         say(plan.examples.report())
         if config.dry_run:
             if ranks.is_main:
-                _tell_estimate(plan, config.folder)
+                _tell_estimate(plan)
             return config.output_dir
         return write_cache(plan, ranks, remote)
 
 
-def _tell_estimate(plan: Plan, folder: Path) -> None:
-    """Print what the pass would take, in ``folder``."""
+def _tell_estimate(plan: Plan) -> None:
     if not plan.to_write:
         print(f"{plan.config.output_dir} holds all {plan.num_present} rows already: nothing to add")
         return
-    found, space = estimate(plan), _space(plan, folder)
+    found, space = estimate(plan), _space(plan)
     print(describe(plan, found, space), flush=True)
     space.require(found.num_bytes)
 
@@ -155,15 +156,15 @@ def _calibrated(plan: Plan, writer: CacheWriter, ranks: Ranks) -> TeacherPass:
 
 def _require_space(plan: Plan) -> None:
     """`NoSpaceError` if the cache cannot fit. A sample is measured only where the settings alone leave a doubt."""
-    space = _space(plan, plan.config.folder)
+    space = _space(plan)
     num_targets = sum(example.num_targets for example in plan.to_write)
     if not space.fits(DOUBT * num_targets * bytes_per_target(plan.identity)):
         space.require(estimate(plan).num_bytes)
 
 
-def _space(plan: Plan, folder: Path) -> Space:
-    """The room in ``folder`` for what the pass writes, to which a cache that it adds to does not belong."""
-    space = space_for(folder)
+def _space(plan: Plan) -> Space:
+    """The room for what the pass writes, to which a cache that it adds to does not belong."""
+    space = space_for(plan.config.folder)
     return replace(space, present=space.present - plan.present_bytes)
 
 

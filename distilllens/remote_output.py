@@ -63,11 +63,9 @@ class RemoteOutput:
         """Wait until the main rank is at work in the staging folder, or finds nothing to do."""
         lock, until = lock_of(self._config.folder, self._ranks.seat), time.monotonic() + SECONDS_TO_BRING
         while not lock.is_alive(0):
-            if not self._config.overwrite:
-                remote = RemoteCache(self._download.remote.files)
-                if Download(remote, self._config.folder).is_finished(**contents):
-                    self._clear_staging()  # of what this rank has brought there since the main one left
-                    return True
+            remote = RemoteCache(self._download.remote.files)
+            if not self._config.overwrite and Download(remote, self._download.staging).is_finished(**contents):
+                return True
             if time.monotonic() > until:
                 raise CacheError(
                     f"rank 0 did not begin to write in {self._config.folder}: see that all ranks run on one host, with "
@@ -141,15 +139,18 @@ class RemoteOutput:
 
 @contextmanager
 def remote_output(
-    config: CacheTeacherConfig, ranks: Ranks, damaged: Sequence[str] = ()
-) -> Iterator[RemoteOutput | None]:
-    """The URL that the cache of ``config`` goes to, held for this run; None where it goes to a local folder.
+    config: CacheTeacherConfig, ranks: Ranks, scratch: Path, damaged: Sequence[str] = ()
+) -> Iterator[tuple[CacheTeacherConfig, RemoteOutput | None]]:
+    """The URL that the cache of ``config`` goes to, held for this run, and the config by which to open its plan.
 
-    CacheError, before a teacher is loaded, where the URL cannot be written, holds another thing or is held by another
-    run. ``damaged`` are files there that are known to be.
+    The main rank fetches into the staging folder, which the run may clear at any time. The other ranks, and dry runs,
+    have a staging folder of their own below ``scratch`` for what a plan needs of the cache that is there.
+
+    No output where the cache goes to a local folder, or nowhere. CacheError, before a teacher is loaded, where the URL
+    cannot be written, holds another thing or is held by another run. ``damaged`` are files there that are known to be.
     """
-    if isinstance(config.output_dir, Path) or config.dry_run:
-        yield None
+    if isinstance(config.output_dir, Path):
+        yield config, None
         return
     if local_world_size() != ranks.world_size:
         raise ValueError(
@@ -158,39 +159,24 @@ def remote_output(
         )
     files = RemoteFiles(config.output_dir)
     lock = RemoteLock(files)
+    is_apart = config.dry_run or not ranks.is_main
+    seen = config.model_copy(update={"staging_dir": scratch / "staging"}) if is_apart else config
     try:
-        if ranks.is_main:
+        if not is_apart:
             lock.enter(say)
-        download = Download(RemoteCache(files, damaged=damaged), config.folder)
+        download = Download(RemoteCache(files, damaged=damaged), seen.folder)
         if not config.overwrite:
-            _bring_plan(config, download, is_main=ranks.is_main)
+            download.bring_plan(append=config.append is not None)
+            download.bring_beside(_beside(seen))
+            if is_apart and responses_file(config.folder).exists():  # which may not have gone up yet
+                shutil.copyfile(responses_file(config.folder), responses_file(seen.folder))
         output = RemoteOutput(config, ranks, lock, download)
         try:
-            yield output
+            yield seen, None if config.dry_run else output
         finally:
             output.stop()
     finally:
         lock.leave()
-
-
-def for_dry_run(config: CacheTeacherConfig, scratch: Path) -> CacheTeacherConfig:
-    """``config`` with what an estimate needs of the cache at its URL in ``scratch``, where nothing stays.
-
-    The URL is read and not held. A config whose output is a local folder is given back.
-    """
-    if isinstance(config.output_dir, Path):
-        return config
-    found = config.model_copy(update={"staging_dir": scratch / "staging"})
-    remote = RemoteCache(RemoteFiles(config.output_dir))
-    if not config.overwrite:
-        _bring_plan(found, Download(remote, found.folder), is_main=True)
-    return found
-
-
-def _bring_plan(config: CacheTeacherConfig, download: Download, *, is_main: bool) -> None:
-    """What has to be there before teacher and rows are opened."""
-    download.bring_plan(is_main=is_main, append=config.append is not None)
-    download.bring_beside(_beside(config))
 
 
 def _beside(config: CacheTeacherConfig) -> dict[str, Path]:

@@ -28,11 +28,8 @@ class Download:
         self.remote = remote
         self.staging = staging
 
-    def bring_plan(self, *, is_main: bool = True, append: bool = False) -> None:
-        """Bring down plan and manifest. `CacheError` where the plans differ, or where there is no cache to go on with.
-
-        Of the ranks of a run, all bring the plan and the main one the manifest too.
-        """
+    def bring_plan(self, *, append: bool = False) -> None:
+        """Bring down plan and manifest. `CacheError` where the plans differ, or there is no cache to ``append`` to."""
         folder_state.check(self.staging)
         if (data := self.remote.commit(layout.PLAN)) and not (self.staging / layout.PLAN).exists():
             try:
@@ -43,8 +40,6 @@ class Download:
                     f"--overwrite to delete this cache and start anew."
                 ) from None
             self._keep(layout.PLAN, data)
-        if not is_main:
-            return
         if self.remote.manifest() is not None and not (self.staging / layout.MANIFEST).exists():
             self._keep(layout.MANIFEST, self.remote.commit(layout.MANIFEST))
         if self.remote.is_damaged and (self.staging / layout.MANIFEST).exists():

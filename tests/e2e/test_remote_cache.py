@@ -15,7 +15,7 @@ from distilllens.cache_teacher import run_cache_teacher
 from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig
 from distilllens.metrics import read_metrics
-from distilllens_cache import remote_folder, upload
+from distilllens_cache import remote_folder, remote_lock, upload
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,7 @@ def test_a_server_that_is_gone_is_told_in_one_sentence(
 def pass_to(local: Path, tiny_model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The teacher pass of ``local``, to another place."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(remote_lock, "SECONDS_TO_SETTLE", 0.0)
     rows = local.parent / "rows.jsonl"
     settings = ("--layers", 2, "--max-length", 300, "--examples-per-shard", 5, "--device", "cpu")
 

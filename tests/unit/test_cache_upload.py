@@ -437,14 +437,17 @@ def test_a_change_that_is_tried_again_looks_first_who_holds_the_folder(
 
 
 class Turns:
-    """Lets two threads take their remote operations in the given order, and in turns after it."""
+    """Lets two threads take their remote operations in the given order, as long as the one whose turn it is can.
+
+    Thread 1 is the slower one: when it goes on, all sleep of thread 0 is over.
+    """
 
     def __init__(self, order: Sequence[int]) -> None:
         self.order = list(order)
         self.here = threading.local()
         self.counts = [0, 0]
-        self.waits_for: dict[int, int] = {}
-        """Of a sleeping thread: how many operations the other shall have done before it wakes."""
+        self.wakes_at = 0
+        """Thread 1 sleeps until the other one has done so many operations."""
         self.ended: set[int] = set()
         self.busy: int | None = None
         self.changed = threading.Condition()
@@ -476,33 +479,29 @@ class Turns:
         with self.changed:
             self._pass_on(me)
             assert self.changed.wait_for(lambda: self.busy is None and self._next() == me, timeout=60)
-            del self.order[:1]
+            if self.order and self.order[0] == me:
+                del self.order[0]
             self.counts[me] += 1
             self.busy = me
 
     def sleep(self, seconds: float) -> None:
         """Until the other one surely got through a change that it was at, as it does in seconds."""
-        me = self.here.number
-        with self.changed:
-            self.waits_for[me] = self.counts[1 - me] + 4
-            self._pass_on(me)
-            assert self.changed.wait_for(lambda: not self._sleeps(me), timeout=60)
-            del self.waits_for[me]
+        if self.here.number == 1:
+            with self.changed:
+                self.wakes_at = self.counts[0] + 4
+                self._pass_on(1)
+                assert self.changed.wait_for(lambda: not self._sleeps(), timeout=60)
 
     def _pass_on(self, me: int) -> None:
         self.busy = None if self.busy == me else self.busy
         self.changed.notify_all()
 
-    def _sleeps(self, number: int) -> bool:
-        other = 1 - number
-        is_alone = other in self.ended or other in self.waits_for
-        return not is_alone and self.counts[other] < self.waits_for.get(number, 0)
+    def _sleeps(self) -> bool:
+        return 0 not in self.ended and self.counts[0] < self.wakes_at
 
     def _next(self) -> int:
-        able = [number for number in range(2) if number not in self.ended and not self._sleeps(number)]
-        while self.order and self.order[0] not in able:
-            del self.order[0]
-        return self.order[0] if self.order else min(able, key=lambda number: self.counts[number])
+        able = {0, 1} - self.ended - ({1} if self._sleeps() else set())
+        return self.order[0] if self.order and self.order[0] in able else min(able)
 
 
 def test_of_two_runs_that_take_over_a_dead_one_at_most_one_writes_a_manifest(
@@ -531,10 +530,10 @@ def test_of_two_runs_that_take_over_a_dead_one_at_most_one_writes_a_manifest(
             patch.setattr(remote_lock, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=turns.sleep))
             return turns, turns.run(*(lambda folder=folder: write(cache, url, folder) for folder in folders))
 
-    total = both([0] * 999)[0].counts[0]
+    total = both([0] * 99)[0].counts[0]
     for of_slower in range(1, 5):
         for of_faster in {*range(0, total, 2 * STEP), *range(total - 12, total)}:
-            _, found = both([1] * of_slower + [0] * of_faster + [1] * 999)
+            _, found = both([1] * of_slower + [0] * of_faster + [1] * 99)
             assert len(manifests) == 1, (of_slower, of_faster, found)
             assert local.items() <= remote_files(url).items()
             assert any(not isinstance(one, CacheError) for one in found)
