@@ -167,9 +167,12 @@ def remote_output(
         download = Download(RemoteCache(files, damaged=damaged), seen.folder)
         if not config.overwrite:
             download.bring_plan(append=config.append is not None)
+            here, there = responses_file(config.folder), responses_file(seen.folder)
+            if config.generate and RESPONSES in download.remote.names:  # all of them; one here may be of another cache
+                there.unlink(missing_ok=True)
+            elif is_apart and here.exists():  # they go up once the pass begins
+                shutil.copyfile(here, there)
             download.bring_beside(_beside(seen))
-            if is_apart and responses_file(config.folder).exists():  # which may not have gone up yet
-                shutil.copyfile(responses_file(config.folder), responses_file(seen.folder))
         output = RemoteOutput(config, ranks, lock, download)
         try:
             yield seen, None if config.dry_run else output
