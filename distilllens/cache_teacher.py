@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
 from distilllens.remote_output import RESOLVED, RemoteOutput, remote_output
 from distilllens.teacher_pass import TeacherPass
-from distilllens_cache import CacheError, CacheReader, CacheWriter, TailSpec, require_free, share_shards
+from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
 from distilllens_inspect.card import CARD, write_card
 
 DOUBT = 3
@@ -36,8 +36,11 @@ def run_cache_teacher(config: CacheTeacherConfig, *, damaged: Sequence[str] = ()
     ranks = ranks_of_environment()
     if not config.dry_run:
         require_free(config.folder, ranks.seat)  # before a large teacher is loaded in vain
-    with tempfile.TemporaryDirectory() as scratch, remote_output(config, ranks, damaged) as remote:
-        plan = open_plan(config, Path(scratch) / "tokenizer")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        remote_output(config, ranks, Path(scratch), damaged) as (seen, remote),
+    ):
+        plan = replace(open_plan(seen, Path(scratch) / "tokenizer"), config=config)
         say(plan.examples.report())
         if config.dry_run:
             if ranks.is_main:
@@ -162,11 +165,7 @@ def _require_space(plan: Plan) -> None:
 def _space(plan: Plan) -> Space:
     """The room for what the pass writes, to which a cache that it adds to does not belong."""
     space = space_for(plan.config.folder)
-    with suppress(CacheError):  # without a manifest, all that an append adds is there
-        if plan.num_present:
-            of_cache = CacheReader(plan.config.folder).manifest.total_bytes
-            return replace(space, present=max(0, space.present - of_cache))
-    return space
+    return replace(space, present=space.present - plan.present_bytes)
 
 
 def _require_determinism(plan: Plan) -> None:

@@ -21,7 +21,8 @@ class Space:
     free: int
     """Bytes free on its disk."""
     present: int
-    """Bytes that the output folder holds already; a run that continues does not write them again."""
+    """Bytes that the output folder holds already, which a run that continues does not write again. Negative where more
+    than the output has to come there: a remote cache that is added to."""
 
     def fits(self, num_bytes: float) -> bool:
         """Whether an output of ``num_bytes`` in all has room."""
@@ -30,7 +31,7 @@ class Space:
     def require(self, num_bytes: float) -> None:
         """`NoSpaceError` unless an output of ``num_bytes`` in all has room."""
         if not self.fits(num_bytes):
-            held = f" and holds {decimal(self.present)} of it" if self.present else ""
+            held = f" and holds {decimal(self.present)} of it" if self.present > 0 else ""
             raise NoSpaceError(
                 f"the cache needs about {decimal(int(num_bytes))}, and {self.parent} has {decimal(self.free)} free"
                 f"{held}: give another --output-dir (for a URL, another --staging-dir), a smaller --top-k, fewer "

@@ -106,6 +106,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Number of ranks on this host; that of all where the launcher does not say it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def is_distributed() -> bool:
     """Whether a launcher (torchrun, deepspeed, srun) started this process as one of several ranks."""
     return world_size() > 1

@@ -119,7 +119,8 @@ def describe(plan: Plan, found: Estimate, space: Space) -> str:
     """The estimate for people, a fact a line."""
     examples, layers = plan.to_write, plan.identity.layers
     tokens = sum(example.num_tokens for example in examples)
-    there = f", {decimal(space.present)} there already" if space.present else ""
+    there = f", {decimal(space.present)} there already" if space.present > 0 else ""
+    there = f", {decimal(-space.present)} to fetch first" if space.present < 0 else there
     fits = "" if space.fits(found.num_bytes) else ": it does not fit"
     rows, size = f"{len(examples)} of {plan.examples.num_rows}", decimal(found.num_bytes)
     if plan.num_present:

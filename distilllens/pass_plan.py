@@ -31,6 +31,7 @@ from distilllens_cache import (
     Identity,
     PlannedExample,
     TailSpec,
+    bytes_of,
     cut_of,
     parse_tail_spec,
     plan_shards,
@@ -57,6 +58,8 @@ class Plan:
     tokenizer_files: Path
     num_present: int = 0
     """Examples of the cache in the output folder, to which ``--append`` adds the others."""
+    present_bytes: int = 0
+    """Bytes of that cache."""
 
     @property
     def to_write(self) -> list[Example]:
@@ -138,7 +141,8 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
     )
     teacher = TeacherPass(model, lens, widths, store_tail, temperature=config.temperature, seed=config.seed)
     if config.append is not None or config.generate:  # what a writer would refuse after all that follows
-        require_writable(config.folder, identity, overwrite=config.overwrite, append=config.append is not None)
+        append = config.append is not None
+        require_writable(config.folder, identity, overwrite=config.overwrite, append=append, where=config.output_dir)
     if prompts is not None:
         examples = generated_examples(
             config,
@@ -152,6 +156,7 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         identity = identity.model_copy(update={"dataset_digest": examples.digest})
     assert examples is not None
     done = cut_already(config, len(examples.examples))
+    is_added_to = bool(done) and config.append is not None
     return Plan(
         config,
         teacher,
@@ -159,7 +164,8 @@ def open_plan(config: CacheTeacherConfig, tokenizer_files: Path) -> Plan:
         identity,
         cut_into_shards(config, examples, identity, done),
         tokenizer_files,
-        num_present=done[-1].stop if done and config.append is not None else 0,
+        num_present=done[-1].stop if is_added_to else 0,
+        present_bytes=bytes_of(config.folder) if is_added_to else 0,
     )
 
 

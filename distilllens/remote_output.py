@@ -1,6 +1,5 @@
 """A teacher cache that goes to a URL: one rank puts up what all write to a staging folder, while they go on."""
 
-import os
 import shutil
 import threading
 import time
@@ -11,15 +10,22 @@ from typing import Any
 
 from distilllens.config import CacheTeacherConfig
 from distilllens.console import counted, say
+from distilllens.generated_rows import responses_file
+from distilllens.launch import local_world_size
 from distilllens.ranks import Ranks
 from distilllens_cache import CacheError
+from distilllens_cache.download import Download
 from distilllens_cache.lock import lock_of, seats
-from distilllens_cache.remote_lock import TakenError
+from distilllens_cache.remote_cache import RemoteCache
+from distilllens_cache.remote_files import RemoteFiles
+from distilllens_cache.remote_lock import RemoteLock, TakenError
 from distilllens_cache.upload import Upload
 from distilllens_inspect.card import CARD
 
 RESOLVED = "config.resolved.yaml"
 """The run's settings, beside the cache."""
+RESPONSES = "generated.jsonl"
+"""What the teacher wrote with ``--generate``, which lies beside a local cache and within a remote one."""
 SECONDS_BETWEEN_PUSHES = 5.0
 SECONDS_BETWEEN_LOOKS = 2.0
 SECONDS_TO_BRING = 7200.0
@@ -31,30 +37,35 @@ SECONDS_TO_LEAVE = 60.0
 class RemoteOutput:
     """What goes to the URL of a run, from the view of one of its ranks. The main one fetches and puts up."""
 
-    def __init__(self, config: CacheTeacherConfig, ranks: Ranks, upload: Upload) -> None:
+    def __init__(self, config: CacheTeacherConfig, ranks: Ranks, lock: RemoteLock, download: Download) -> None:
         self._config = config
         self._ranks = ranks
-        self._upload = upload
+        self._lock = lock
+        self._download = download
+        self._upload: Upload | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._taken: TakenError | None = None
 
     def is_finished(self, **contents: Any) -> bool:
         """Whether there is nothing to do; else the staging folder has afterwards what the remote one has."""
-        if self._ranks.is_main:
-            if self._config.overwrite:
-                return False
-            if self._upload.is_finished(**contents):
-                self._clear_staging()
-                return True
-            self._upload.bring()
+        if not self._ranks.is_main:
+            return self._is_finished_meanwhile(contents)
+        if self._config.overwrite:
             return False
+        if self._download.is_finished(**contents):
+            self._clear_staging()
+            return True
+        self._download.bring()
+        return False
+
+    def _is_finished_meanwhile(self, contents: dict[str, Any]) -> bool:
+        """Wait until the main rank is at work in the staging folder, or finds nothing to do."""
         lock, until = lock_of(self._config.folder, self._ranks.seat), time.monotonic() + SECONDS_TO_BRING
         while not lock.is_alive(0):
-            if not self._config.overwrite:
-                self._upload.look()
-                if self._upload.is_finished(**contents):
-                    return True
+            remote = RemoteCache(self._download.remote.files)
+            if not self._config.overwrite and Download(remote, self._download.staging).is_finished(**contents):
+                return True
             if time.monotonic() > until:
                 raise CacheError(
                     f"rank 0 did not begin to write in {self._config.folder}: see that all ranks run on one host, with "
@@ -66,8 +77,15 @@ class RemoteOutput:
     def begin(self) -> None:
         """Make the remote folder follow the staging folder, from now on until `end`."""
         if self._ranks.is_main:
-            self._upload.push(anew=self._config.overwrite)
-            self._thread = threading.Thread(target=self._follow, daemon=True, name="upload")
+            self._upload = Upload(
+                self._download.remote,
+                self._lock,
+                self._config.folder,
+                beside=_beside(self._config),
+                anew=self._config.overwrite,
+            )
+            self._upload.push()
+            self._thread = threading.Thread(target=self._follow, args=(self._upload,), daemon=True, name="upload")
             self._thread.start()
 
     def check(self) -> None:
@@ -79,6 +97,7 @@ class RemoteOutput:
         """Put up the rest, and the manifest last; then the staging folder goes, unless the user named it."""
         self.stop()
         self.check()
+        assert self._upload is not None
         self._upload.push_all()
         say(f"{counted(len(self._upload.written), 'file')} went up to {self._config.output_dir}")
         self._clear_staging()
@@ -89,11 +108,11 @@ class RemoteOutput:
         if self._thread is not None:
             self._thread.join()
 
-    def _follow(self) -> None:
+    def _follow(self, upload: Upload) -> None:
         is_told = False
         while not self._stop.wait(SECONDS_BETWEEN_PUSHES):
             try:
-                self._upload.push()
+                upload.push()
                 is_told = False
             except TakenError as error:
                 self._taken = error
@@ -105,49 +124,65 @@ class RemoteOutput:
 
     def _clear_staging(self) -> None:
         folder = self._config.folder
-        if self._config.staging_dir is not None or not folder.exists():
+        if self._config.staging_dir is not None:
             return
         until = time.monotonic() + SECONDS_TO_LEAVE
         while seats(folder) and time.monotonic() < until:
             time.sleep(0.1)
         if seats(folder):
             say(f"The staging folder {folder} is still in use, and stays")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        if self._upload is not None or RESPONSES in self._download.remote.names:
+            responses_file(folder).unlink(missing_ok=True)
 
 
 @contextmanager
 def remote_output(
-    config: CacheTeacherConfig, ranks: Ranks, damaged: Sequence[str] = ()
-) -> Iterator[RemoteOutput | None]:
-    """The URL that the cache of ``config`` goes to, held for this run; None where it goes to a local folder.
+    config: CacheTeacherConfig, ranks: Ranks, scratch: Path, damaged: Sequence[str] = ()
+) -> Iterator[tuple[CacheTeacherConfig, RemoteOutput | None]]:
+    """The URL that the cache of ``config`` goes to, held for this run, and the config by which to open its plan.
 
-    CacheError, before a teacher is loaded, where the URL cannot be written, holds another thing or is held by another
-    run. ``damaged`` are files there that are known to be.
+    The main rank fetches into the staging folder, which the run may clear at any time. The other ranks, and dry runs,
+    have a staging folder of their own below ``scratch`` for what a plan needs of the cache that is there.
+
+    No output where the cache goes to a local folder, or nowhere. CacheError, before a teacher is loaded, where the URL
+    cannot be written, holds another thing or is held by another run. ``damaged`` are files there that are known to be.
     """
-    if isinstance(config.output_dir, Path) or config.dry_run:
-        yield None
+    if isinstance(config.output_dir, Path):
+        yield config, None
         return
-    _require_one_host(ranks)
-    upload = Upload(config.output_dir, config.folder, beside=(CARD, RESOLVED), damaged=damaged)
-    output = RemoteOutput(config, ranks, upload)
-    try:
-        if ranks.is_main:
-            upload.lock.enter(say)
-        upload.look()
-        if not config.overwrite:
-            upload.bring_plan(is_main=ranks.is_main)
-        yield output
-    finally:
-        output.stop()
-        upload.lock.leave()
-
-
-def _require_one_host(ranks: Ranks) -> None:
-    hosts = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))
-    here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world_size))
-    if ranks.world_size > 1 and (hosts != "1" or here != str(ranks.world_size)):
+    if local_world_size() != ranks.world_size:
         raise ValueError(
             "an --output-dir that is a URL takes the ranks of one host, which share a staging folder: give a folder "
             "that all hosts share, or run on one host"
         )
+    files = RemoteFiles(config.output_dir)
+    lock = RemoteLock(files)
+    is_apart = config.dry_run or not ranks.is_main
+    seen = config.model_copy(update={"staging_dir": scratch / "staging"}) if is_apart else config
+    try:
+        if not is_apart:
+            lock.enter(say)
+        download = Download(RemoteCache(files, damaged=damaged), seen.folder)
+        if not config.overwrite:
+            download.bring_plan(append=config.append is not None)
+            here, there = responses_file(config.folder), responses_file(seen.folder)
+            if config.generate and RESPONSES in download.remote.names:  # all of them; one here may be of another cache
+                there.unlink(missing_ok=True)
+            elif is_apart and here.exists():  # they go up once the pass begins
+                shutil.copyfile(here, there)
+            download.bring_beside(_beside(seen))
+        output = RemoteOutput(config, ranks, lock, download)
+        try:
+            yield seen, None if config.dry_run else output
+        finally:
+            output.stop()
+    finally:
+        lock.leave()
+
+
+def _beside(config: CacheTeacherConfig) -> dict[str, Path]:
+    """Files that go up with the cache and are no part of it, by their names there."""
+    places = {name: config.folder / name for name in (CARD, RESOLVED)}
+    return places | ({RESPONSES: responses_file(config.folder)} if config.generate else {})

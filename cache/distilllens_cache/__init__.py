@@ -13,7 +13,7 @@ from distilllens_cache.plan import plan_shards, share_shards
 from distilllens_cache.read_ahead import ReadAhead
 from distilllens_cache.reader import CacheReader
 from distilllens_cache.repair import restore_plan
-from distilllens_cache.resume import cut_of, require_writable
+from distilllens_cache.resume import bytes_of, cut_of, require_writable
 from distilllens_cache.sketch import Projection, Sketch
 from distilllens_cache.spool import Spool
 from distilllens_cache.stream import CacheStream
@@ -67,6 +67,7 @@ __all__ = [
     "TokenizerIdentity",
     "VerifyReport",
     "WriterLock",
+    "bytes_of",
     "canary",
     "compare_identity",
     "cut_of",

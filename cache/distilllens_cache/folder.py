@@ -26,20 +26,21 @@ def check(folder: Path) -> None:
             raise CacheError(f"{path} is no ordinary folder, as it is in a cache. Choose another --output-dir.")
 
 
-def require_plan(folder: Path, *, append: bool = False) -> None:
+def require_plan(folder: Path, *, append: bool = False, where: object = None) -> None:
     """Refuse a finished cache that lost its plan, without which everything else would be taken for rubbish.
 
-    With ``append``, refuse also a folder without a cache.
+    With ``append``, refuse also a folder without a cache. ``where`` is what a refusal calls the folder, if not so.
     """
+    where = folder if where is None else where
     if os.path.lexists(folder / layout.PLAN):
         return
     if os.path.lexists(folder / layout.MANIFEST):
         raise CacheError(
-            f"{folder} has a {layout.MANIFEST} but no {layout.PLAN}; nothing was changed. --repair writes the plan "
+            f"{where} has a {layout.MANIFEST} but no {layout.PLAN}; nothing was changed. --repair writes the plan "
             f"again, --overwrite deletes this cache and starts anew."
         )
     if append:
-        raise CacheError(f"{folder} holds no cache to add examples to: make it first, without --append.")
+        raise CacheError(f"{where} holds no cache to add examples to: make it first, without --append.")
 
 
 def clear(folder: Path, *, temporary_only: bool) -> None:

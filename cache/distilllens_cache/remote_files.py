@@ -1,6 +1,6 @@
 """The files behind a URL as a writer needs them: listed, fetched, put there whole, taken away."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -61,10 +61,15 @@ class RemoteFiles:
             found |= self._read_some({name: sizes[name] for name in names[start : start + FILES_AT_ONCE]})
         return found
 
-    def put(self, name: str, data: bytes) -> None:
-        """Put a whole file there, in place of an older one; what arrived has the size of what was sent."""
+    def put(self, name: str, data: bytes, *, check: Callable[[], None] | None = None) -> None:
+        """Put a whole file there, in place of an older one; what arrived has the size of what was sent.
+
+        ``check`` is called before each try, and its `CacheError` ends them.
+        """
 
         def put() -> None:
+            if check is not None:
+                check()
             file_system, path = self._folder.connect()
             self._make_folder(file_system, f"{path}/{name}")
             file_system.pipe_file(f"{path}/{name}", data)
@@ -90,10 +95,17 @@ class RemoteFiles:
 
         return self._folder.tried(name, create, doing="written")
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Take files away, one after the other; one that is gone already is fine."""
-        for name in names:
-            self._folder.tried(name, lambda name=name: self._remove(name), doing="deleted")
+    def remove(self, name: str, *, check: Callable[[], None] | None = None) -> None:
+        """Take a file away; one that is gone already is fine. ``check`` as in `put`."""
+
+        def remove() -> None:
+            if check is not None:
+                check()
+            file_system, path = self._folder.connect()
+            with suppress(FileNotFoundError):
+                file_system.rm_file(f"{path}/{name}")
+
+        self._folder.tried(name, remove, doing="deleted")
 
     def _infos(self) -> dict[str, dict[str, Any]]:
         def look() -> dict[str, dict[str, Any]]:
@@ -105,11 +117,6 @@ class RemoteFiles:
             return {name.removeprefix(f"{path}/"): info for name, info in found.items()}
 
         return self._folder.tried("what", look, doing="listed")
-
-    def _remove(self, name: str) -> None:
-        file_system, path = self._folder.connect()
-        with suppress(FileNotFoundError):
-            file_system.rm_file(f"{path}/{name}")
 
     def _read_some(self, sizes: dict[str, int]) -> dict[str, bytes]:
         def fetch() -> dict[str, bytes]:

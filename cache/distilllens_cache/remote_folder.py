@@ -106,6 +106,8 @@ class RemoteFolder:
         for pause in (*PAUSES, None):
             try:
                 return action()
+            except CacheError:
+                raise
             except FileNotFoundError as error:
                 if doing != "read":
                     raise self._explain(name, error, doing) from None

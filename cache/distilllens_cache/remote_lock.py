@@ -19,6 +19,9 @@ SECONDS_BETWEEN_BEATS = 20.0
 SECONDS_OF_SILENCE = 120.0
 """A run on another host whose object has not changed for so long is taken for dead."""
 SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_TO_SETTLE = 2.0
+"""Between taking the folder and using it. Who had it a moment ago may be in the middle of one change, and finds out
+before the next."""
 MAX_BYTES = 4 << 10
 
 
@@ -44,8 +47,9 @@ class RemoteHolder:
 class RemoteLock:
     """Keeps other runs out of a remote folder from `enter` to `leave`. A run that is gone is found out by its silence.
 
-    The object is created exclusively where the store can do that, and read back in any case; `require_held` reads it
-    again before every upload, so that of two runs that both believe to hold it one stops.
+    The object is created exclusively where the store can do that. Two runs may still come to believe that they hold it:
+    where the store cannot, or where both take over a dead one and the slower deletes that of the faster. `require_held`
+    reads it again before every change, so one stops; the other begins only after a time in which that comes out.
     """
 
     def __init__(self, files: RemoteFiles) -> None:
@@ -79,10 +83,11 @@ class RemoteLock:
                 raise self._held(holder)
             if _is_gone(holder) or now - seen > SECONDS_OF_SILENCE:
                 if self._read() == data:
-                    self._files.remove([layout.REMOTE_LOCK])
+                    self._files.remove(layout.REMOTE_LOCK)
                 continue
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self._is_entered = True
+        time.sleep(SECONDS_TO_SETTLE)
         self.require_held()
         self._beats = threading.Thread(target=self._beat, daemon=True, name="remote lock")
         self._beats.start()
@@ -106,7 +111,7 @@ class RemoteLock:
         if self._is_entered:
             with suppress(CacheError):
                 self.require_held()
-                self._files.remove([layout.REMOTE_LOCK])
+                self._files.remove(layout.REMOTE_LOCK)
         self._is_entered = False
 
     def _beat(self) -> None:

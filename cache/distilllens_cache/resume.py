@@ -10,7 +10,7 @@ from distilllens_cache.errors import CacheError
 from distilllens_cache.files import read_plain, read_recorded, record_of
 from distilllens_cache.identity import Identity, compare_identity
 from distilllens_cache.index import Index, index_bytes
-from distilllens_cache.manifest import Plan, from_bytes, to_bytes
+from distilllens_cache.manifest import Manifest, Plan, from_bytes, to_bytes
 from distilllens_cache.targets import PlannedExample
 
 _ANEW = "Choose another --output-dir, or pass --overwrite to delete this cache and start anew."
@@ -31,60 +31,76 @@ def cut_of(folder: Path | str) -> list[range]:
         return []
 
 
+def bytes_of(folder: Path) -> int:
+    """Bytes of the finished cache whose manifest is in ``folder``; 0 where there is no sound manifest."""
+    try:
+        data = read_plain(folder, layout.MANIFEST, max_bytes=layout.MAX_JSON_BYTES)
+        return from_bytes(Manifest, data, name=layout.MANIFEST).total_bytes
+    except CacheError:
+        return 0
+
+
 def plan_digest(plan: Plan) -> str:
     """SHA-256 of the file of ``plan``: what shards and sketches name."""
     return hashlib.sha256(to_bytes(plan)).hexdigest()
 
 
-def matching_plan(folder: Path, wanted: Plan, examples: Sequence[PlannedExample], *, append: bool) -> Plan:
+def matching_plan(
+    folder: Path, wanted: Plan, examples: Sequence[PlannedExample], *, append: bool, where: object = None
+) -> Plan:
     """The plan in ``folder`` if it is ``wanted``; with ``append``, also if ``wanted`` only adds examples to its end.
 
-    Everything else is a `CacheError` that names each difference.
+    Everything else is a `CacheError` that names each difference, and calls the folder ``where`` if that is given.
     """
-    found = _continued(folder)
+    where = folder if where is None else where
+    found = _continued(folder, where)
     is_longer = append and found.num_examples < len(examples)
     # What the dataset holds is what an append changes, and its examples are compared one by one.
     fields = _FIELDS_BUT_ROWS if is_longer else list(Identity.model_fields)
     if compare_identity(found.identity, wanted.identity, fields):
         hint = _to_append(folder, found, wanted, examples)
-        _require_identity(folder, found, wanted.identity, fields, hint=hint)
+        _require_identity(where, found, wanted.identity, fields, hint=hint)
     example = _differing_example(folder, found, wanted, examples, is_longer=is_longer)
     if example is not None:
-        raise CacheError(f"{folder} holds a cache of other examples: {example}. {_ANEW}")
+        raise CacheError(f"{where} holds a cache of other examples: {example}. {_ANEW}")
     if found.shards != wanted.shards[: len(found.shards) if is_longer else None]:
         raise CacheError(
-            f"{folder} has {len(found.shards)} shards, cut elsewhere than the {len(wanted.shards)} of this run. {_ANEW}"
+            f"{where} has {len(found.shards)} shards, cut elsewhere than the {len(wanted.shards)} of this run. {_ANEW}"
         )
     if found.tokenizer_files != wanted.tokenizer_files:
-        raise CacheError(f"{folder} has other tokenizer files than this run. {_ANEW}")
+        raise CacheError(f"{where} has other tokenizer files than this run. {_ANEW}")
     return found
 
 
-def require_writable(folder: Path, identity: Identity, *, overwrite: bool = False, append: bool = False) -> None:
+def require_writable(
+    folder: Path, identity: Identity, *, overwrite: bool = False, append: bool = False, where: object = None
+) -> None:
     """`CacheError` if a writer would refuse ``folder`` whatever its examples are. Nothing is changed.
 
-    To be asked before the examples are made, where that is costly: all but their digest is compared.
+    To be asked before the examples are made, where that is costly: all but their digest is compared. The error calls
+    the folder ``where`` if that is given.
     """
+    where = folder if where is None else where
     folder_state.check(folder)
     if overwrite:
         return
-    folder_state.require_plan(folder, append=append)
+    folder_state.require_plan(folder, append=append, where=where)
     if (folder / layout.PLAN).exists():
-        _require_identity(folder, _continued(folder), identity, _FIELDS_BUT_ROWS)
+        _require_identity(where, _continued(folder, where), identity, _FIELDS_BUT_ROWS)
 
 
-def _continued(folder: Path) -> Plan:
+def _continued(folder: Path, where: object) -> Plan:
     try:
         return read_plan(folder)
     except CacheError as error:
-        raise CacheError(f"{folder} cannot be continued: {error} {_ANEW}") from None
+        raise CacheError(f"{where} cannot be continued: {error} {_ANEW}") from None
 
 
-def _require_identity(folder: Path, found: Plan, wanted: Identity, fields: Collection[str], *, hint: str = "") -> None:
+def _require_identity(where: object, found: Plan, wanted: Identity, fields: Collection[str], *, hint: str = "") -> None:
     if differences := compare_identity(found.identity, wanted, fields):
         lines = "\n  ".join(differences)
         raise CacheError(
-            f"{folder} holds a cache of something else:\n  {lines}\n{_ANEW} "
+            f"{where} holds a cache of something else:\n  {lines}\n{_ANEW} "
             f"To continue it, run with what it was made with{hint}."
         )
 

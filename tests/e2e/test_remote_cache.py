@@ -15,7 +15,7 @@ from distilllens.cache_teacher import run_cache_teacher
 from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig
 from distilllens.metrics import read_metrics
-from distilllens_cache import remote_folder, upload
+from distilllens_cache import remote_folder, remote_lock, upload
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,7 @@ def test_a_server_that_is_gone_is_told_in_one_sentence(
 def pass_to(local: Path, tiny_model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The teacher pass of ``local``, to another place."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(remote_lock, "SECONDS_TO_SETTLE", 0.0)
     rows = local.parent / "rows.jsonl"
     settings = ("--layers", 2, "--max-length", 300, "--examples-per-shard", 5, "--device", "cpu")
 
@@ -191,6 +192,72 @@ def test_a_pass_into_a_bucket_goes_on_from_another_machine(
     assert pass_to(url, "--staging-dir", tmp_path / "stage") == 0
     assert "Continuing: 2 of 5 shards are finished" in capfd.readouterr().err
     assert of_cache(files_at(url)) == of_cache(files_of(local)) == of_cache(files_of(tmp_path / "stage"))
+
+
+def test_rows_are_added_to_a_cache_in_a_bucket_from_another_machine(
+    s3: str, pass_to: Callable[..., int], tiny_rows, write_jsonl, tiny_model_folder, tmp_path: Path, capfd
+) -> None:
+    url, near = "s3://teachers/appended", tmp_path / "near"
+    more = write_jsonl(tmp_path / "more.jsonl", tiny_rows[:7])
+    append = ("--append", more)
+    assert pass_to(url, *append) == 1
+    assert f"{url} holds no cache to add examples to" in capfd.readouterr().err
+    assert pass_to(url) == pass_to(str(near)) == 0
+    assert pass_to(str(near), *append, "--dry-run") == 0
+    estimated = capfd.readouterr().out.splitlines()
+    before = files_at(url)
+    assert pass_to(url, *append, "--dry-run") == 0
+    told = capfd.readouterr().out.splitlines()
+    same = ("rows ", "tokens ", "target positions ", "shards ")
+    assert [line for line in told if line.startswith(same)] == [line for line in estimated if line.startswith(same)]
+    assert any(line.startswith("free space") and line.endswith("to fetch first") for line in told)
+    assert files_at(url) == before
+    assert list((tmp_path / "user" / "distilllens" / "staging").iterdir()) == []
+    assert pass_to(url, *append, "--seed", 1) == 1
+    assert f"{url} holds a cache of something else:\n  seed" in capfd.readouterr().err
+    assert pass_to(url, *append) == pass_to(str(near), *append) == 0
+    assert of_cache(files_at(url)) == of_cache(files_of(near))
+    student = tiny_model_folder("llama", num_layers=3, seed=1)
+    train = ("train", "--student", student, "--max-steps", 2, "--logging-steps", 1, "--device", "cpu")
+    assert run(*train, "--cache", near, "--output-dir", tmp_path / "near-run") == 0
+    assert run(*train, "--cache", url, "--output-dir", tmp_path / "far-run") == 0
+    assert losses(tmp_path / "far-run") == losses(tmp_path / "near-run")
+
+
+def test_responses_go_up_with_their_cache_and_are_not_written_again_elsewhere(
+    s3: str, pass_to: Callable[..., int], tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, near = "s3://teachers/generated", tmp_path / "near"
+    settings = ("--generate", "--max-new-tokens", 5, "--limit", 6)
+    assert pass_to(str(near), *settings) == 0
+    original = upload.Upload._put
+
+    def put(self: Any, name: str, *more: Any) -> bool:
+        if name == "shards/00001.json":
+            raise KeyboardInterrupt
+        return original(self, name, *more)
+
+    with monkeypatch.context() as here:
+        here.setattr(upload.Upload, "_put", put)
+        assert pass_to(url, *settings) == 130
+    assert "manifest.json" not in files_at(url)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    capfd.readouterr()
+    assert pass_to(url, *settings) == 0
+    assert "The teacher writes" not in capfd.readouterr().err
+    found = of_cache(files_at(url))
+    assert found.pop("generated.jsonl") == near.with_name("near.generated.jsonl").read_bytes()
+    assert found == of_cache(files_of(near))
+    staging = tmp_path / "elsewhere" / "distilllens" / "staging"
+    assert list(staging.iterdir()) == []
+    assert pass_to(url, *settings, "--dry-run") == 0
+    assert pass_to(url, *settings) == 0
+    assert f"{url} is finished already" in capfd.readouterr().out
+    assert pass_to(url, *settings, "--max-new-tokens", 6) == 1
+    assert "holds responses of other settings:\n" in capfd.readouterr().err
+    next(staging.glob("*.generated.jsonl")).write_text("of another run\n")
+    assert pass_to(url, *settings) == 0  # what is there decides
+    assert list(staging.iterdir()) == []
 
 
 @pytest.mark.slow
