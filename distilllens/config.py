@@ -140,7 +140,8 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
     calibration_targets: PositiveInt = 8192
     """Target positions that the sketches of --store-tail sketch:RANK are fitted to, before the pass."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Temperature of the teacher's softmax; part of the cache's identity."""
+    """Temperature of the teacher's softmax; part of the cache's identity. Students are read at 1: train and evaluate
+    take a cache of another one only with --allow-mismatch temperature."""
     codec: Literal["packed", "arrow-fp16", "arrow-fp32"] = "packed"
     """How targets are stored: packed (small), or plain Arrow columns, arrow-fp16 or arrow-fp32 (lossless)."""
     batch_tokens: PositiveInt = 8192

@@ -19,6 +19,7 @@ from distilllens.config import DemoConfig, save_config
 from distilllens.demo_report import collect_results, print_results
 from distilllens.model_source import packaged_gguf
 from distilllens.python_docs import write_python_docs
+from distilllens.text_file import write_text
 
 SETTINGS = "demo.yaml"
 PROGRESS = "progress.json"
@@ -74,7 +75,7 @@ def run_demo(config: DemoConfig) -> Path:
         _run(stage, progress)
     results = collect_results(folder, seconds=progress.seconds, peak_memory_gb=progress.peak_memory_gb)
     path = folder / RESULTS
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(results, indent=2) + "\n")
     print_results(results, folder=folder)
     return path
 
@@ -202,9 +203,7 @@ class Progress:
             "seconds": round(before["seconds"] + seconds, 1),
             "peak_memory_gb": round(max(before["peak_memory_gb"], peak_memory_gb), 2),
         }
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._stages, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self._path)
+        write_text(self._path, json.dumps(self._stages, indent=2) + "\n")
 
 
 def _run(stage: Stage, progress: Progress) -> None:

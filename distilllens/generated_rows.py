@@ -16,7 +16,8 @@ from distilllens.data import Examples, Prompts, examples_digest, make_example
 from distilllens.free_space import space_for
 from distilllens.generate import Generation, Sampling, end_tokens, generate
 from distilllens.launch import is_distributed
-from distilllens.predictions import append_lines, differing, settings_digest, write_text
+from distilllens.predictions import append_lines, differing, settings_digest
+from distilllens.text_file import write_text
 from distilllens_cache import WriterLock, holding
 
 ANEW = "Use --overwrite to begin anew, or another --output-dir."

@@ -4,7 +4,6 @@ Dimension key: N rows, T tokens listed.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from distilllens.lens import rows_at
 from distilllens.matching import Matching
 from distilllens.student import Pairs, Student
 from distilllens.tails import Tail
+from distilllens.text_file import write_text
 from distilllens_cache import CachedExample, CacheReader
 from distilllens_inspect.readings import read_layer, short
 from distilllens_inspect.run_files import SAMPLES, SAMPLES_VERSION
@@ -77,9 +77,7 @@ def with_final(matching: Matching) -> Pairs:
 def write_lens_samples(folder: Path, samples: Sequence[dict[str, Any]], *, step: int | None, pairs: Pairs) -> None:
     """Write ``lens_samples.json`` whole or not at all."""
     content = {"format_version": SAMPLES_VERSION, "step": step, "pairs": [list(pair) for pair in pairs]}
-    temporary = folder / f"{SAMPLES}.tmp-{os.getpid()}"
-    temporary.write_text(json.dumps(content | {"examples": list(samples)}) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / SAMPLES)
+    write_text(folder / SAMPLES, json.dumps(content | {"examples": list(samples)}) + "\n")
 
 
 def _sample(

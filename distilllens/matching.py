@@ -10,13 +10,15 @@ from distilllens.by_layer import TailChoice, parse_tail_choices
 from distilllens.layer_maps import Pairs, check_pairs, derive_pairs, equal_shares, parse_pairs, parse_shares
 from distilllens.lens import LogitLens, num_layers
 from distilllens.tails import BucketTail, ProfileTail, RenormTail, SampledTail, SketchTail, Tail
-from distilllens.vocabulary import tokenizer_digest
+from distilllens.vocabulary import effective_vocab_size, tokenizer_digest
 from distilllens_cache import READER_FIELDS, CacheError, CacheReader, Identity, TailSpec, tail_profile
 
 ALIGNMENT = "alignment"
 """What ``--allow-mismatch`` calls the canary."""
 NEED_A_SKETCH = ("rkl", "fkl+rkl", "jeffreys", "akl")
 """Divergences with reverse KL in them, whose gradient a profile bends."""
+TEMPERATURE = 1.0
+"""At which a student's distribution is read."""
 ROW_TAILS = ("sketch", "sampled")
 """Tails that read something stored for each target."""
 
@@ -46,14 +48,16 @@ def match_student(
     tail: str | None = None,
     task: str = "fkl",
     lens_divergence: str = "jsd",
+    reads_teacher: bool = True,
     allow_mismatch: str | None = None,
 ) -> Matching:
     """Check that ``model`` can be trained from or measured against a cache, and settle pairs and tails.
 
-    The model is not called: `check_lens` is for where it computes.
+    The model is not called: `check_lens` is for where it computes. Without ``reads_teacher`` only the text is read, and
+    the teacher's temperature doesn't matter.
 
-    Raises CacheError or ValueError naming the field: another tokenizer, a vocabulary larger than the student's
-    head, a pair outside the model, a layer or a tail profile that the cache doesn't hold.
+    Raises CacheError or ValueError naming the field: another tokenizer, vocabulary or temperature, a pair outside the
+    model, a layer or a tail profile that the cache doesn't hold.
     """
     identity = reader.manifest.identity
     allowed = split_names(allow_mismatch)
@@ -68,7 +72,12 @@ def match_student(
             f"{identity.tokenizer_digest[:12]}... and {digest[:12]}...): take a model with the teacher's tokenizer, or "
             f"accept and record the difference with --allow-mismatch tokenizer_digest"
         )
-    mismatches = reader.require(tokenizer_digest=digest, allow_mismatch=fields)
+    mismatches = reader.require(
+        tokenizer_digest=digest,
+        vocab_size=effective_vocab_size(model, tokenizer),
+        temperature=TEMPERATURE if reads_teacher else None,
+        allow_mismatch=fields,
+    )
     lens = LogitLens(model, lens_norm=identity.lens_norm, vocab_size=identity.vocab_size)
     if pairs is not None:
         chosen, shares = parse_pairs(pairs), parse_shares(pairs)

@@ -1,7 +1,6 @@
 """What a run says while it goes: ``metrics.jsonl``, trackers, a line on stderr; nothing from other ranks."""
 
 import json
-import os
 import resource
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +12,7 @@ from distilllens.config import TrainConfig
 from distilllens.console import say
 from distilllens.engine import Engine
 from distilllens.progress import StepProgress
+from distilllens.text_file import write_text
 from distilllens.trackers import TrackedRun, Trackers
 from distilllens.watch_config import tracker_names
 from distilllens_inspect.run_files import METRICS
@@ -166,6 +166,4 @@ def drop_after(file: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # a line that a killed run left half-written
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, "".join(kept))

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from distilllens.text_file import write_text
+
 SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
@@ -154,20 +156,6 @@ def check_folder(folder: Path) -> None:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write ``content`` whole or not at all."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write ``text`` whole or not at all."""
-    temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _is_ours(folder: Path) -> bool:

@@ -9,13 +9,14 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from distilllens.text_file import write_text
 
 MODULES = (
     "builtins os os.path math cmath random statistics fractions decimal numbers operator string textwrap re "
@@ -245,6 +246,4 @@ def _hash(text: str) -> str:
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in lines))

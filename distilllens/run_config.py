@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from distilllens.text_file import write_text
+
 
 def split_text(value: Any) -> Any:
     """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""
@@ -112,7 +114,7 @@ def _sentences(error: ValidationError, source: str) -> str:
 
 def save_config(config: RunConfig, file: Path) -> None:
     """Write the resolved run as YAML beside its output."""
-    file.write_text(config_text(config), encoding="utf-8")
+    write_text(file, config_text(config))
 
 
 def config_text(config: RunConfig) -> str:

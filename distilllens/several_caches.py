@@ -65,8 +65,6 @@ def check_teachings(caches: SeveralCaches, matchings: Sequence[Matching], teachi
     """
     first, *others = teachings
     for reader, other in zip(caches.readers[1:], others, strict=True):
-        if first.tails:
-            _require_equal(caches.readers[0], reader, ("temperature",))
         if first.objective.lens_pairs:
             _require_equal(caches.readers[0], reader, ("lens_norm",))
         folders = f"{caches.readers[0].folder} and {reader.folder}"

@@ -16,6 +16,7 @@ from distilllens import __version__
 from distilllens.config import EvaluateConfig
 from distilllens.data import Examples, Prompt, Prompts, load_configured, prompt_and_references, row_settings
 from distilllens.launch import is_distributed
+from distilllens.matching import TEMPERATURE
 from distilllens.model_source import local_path
 from distilllens.models import load_tokenizer
 from distilllens.rouge import ROUGE_SETTINGS
@@ -119,7 +120,8 @@ def _cache_digest(config: EvaluateConfig, subjects: Sequence[Subject]) -> str | 
     reader = CacheReader(config.cache_folder(config.cache))
     allowed = tuple(part.strip() for part in (config.allow_mismatch or "").split(",") if part.strip())
     for subject in subjects:
-        reader.require(tokenizer_digest=tokenizer_digest(subject.tokenizer), allow_mismatch=allowed)
+        digest = tokenizer_digest(subject.tokenizer)
+        reader.require(tokenizer_digest=digest, temperature=TEMPERATURE, allow_mismatch=allowed)
     return reader.digest
 
 

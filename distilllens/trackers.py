@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distilllens.console import say
+from distilllens.text_file import write_text
 
 IDS = "trackers.json"
 """In the run's folder: under which name each service knows the run, so that a resumed run continues there."""
@@ -35,7 +36,7 @@ class TrackedRun:
             raise ValueError(f"{file} cannot be read: remove it, and the run is tracked under a new name") from None
         if tracker not in ids:
             ids[tracker] = new()
-            file.write_text(json.dumps(ids, indent=1) + "\n", encoding="utf-8")
+            write_text(file, json.dumps(ids, indent=1) + "\n")
         return ids[tracker]
 
 

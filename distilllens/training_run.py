@@ -158,6 +158,8 @@ def open_run(config: TrainConfig, *, start_from: Path | None) -> TrainingRun:
     lens = _lens_of(opened, evaluation)
     if evaluation is not None:
         identity["eval_cache"] = evaluation.reader.digest
+        if more := [text for text in evaluation.matching.mismatches if text not in identity.get("mismatches", ())]:
+            identity["mismatches"] = [*identity.get("mismatches", ()), *more]
     student = Student(model, lens, opened.objective, chunk_rows=config.loss_chunk_rows)
     return TrainingRun(
         config, model, adapter, tokenizer, student, opened.source, opened.tails, evaluation, identity, opened.teachings
@@ -308,7 +310,16 @@ def _match_for_loss(
     config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reader: CacheReader
 ) -> Matching:
     losses = {} if config.task == "ce" else {"task": config.task}
-    return _match(config, model, tokenizer, reader, lens_divergence=config.lens_divergence, **losses)
+    reads_teacher = config.kd_ratio > 0 and (config.task != "ce" or config.lens_weight > 0)
+    return _match(
+        config,
+        model,
+        tokenizer,
+        reader,
+        lens_divergence=config.lens_divergence,
+        reads_teacher=reads_teacher,
+        **losses,
+    )
 
 
 def _match(
@@ -316,7 +327,7 @@ def _match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     reader: CacheReader,
-    **losses: str,
+    **losses: Any,
 ) -> Matching:
     return match_student(
         model, tokenizer, reader, pairs=config.pairs, tail=config.tail, allow_mismatch=config.allow_mismatch, **losses

@@ -1,15 +1,15 @@
 """The full counts of the fault tests: bits flipped, writers killed, disks filled, files forged.
 
-    python scripts/faults.py --results faults.jsonl                    # all rows: hours on two cores
-    python scripts/faults.py --results faults.jsonl --rows "kill"      # those with "kill" in their name
-    python scripts/faults.py --results faults.jsonl --trials 100       # at most 100 trials of each row
-    python scripts/faults.py --results faults.jsonl --table            # what is there already, as Markdown
+    python scripts/faults.py                    # all rows: hours on two cores
+    python scripts/faults.py --rows "kill"      # those with "kill" in their name
+    python scripts/faults.py --trials 100       # at most 100 trials of each row
+    python scripts/faults.py --table            # what is there already, as Markdown
 
 With --cache, rows that harm files harm copies of that cache too, and rows that disturb writers (kills, failing calls,
 full disks, races, determinism) write its targets again in place of handmade ones; the table names each row's caches.
 
-A row that --results has with the same count, seed and caches is not run again, so a stopped run continues. One that
---minutes cut short is.
+Results are JSON lines in faults.jsonl here, or where --results says. A row that is there with the same count, seed and
+caches is not run again, so a stopped run continues. One that --minutes cut short is.
 Ends with exit code 1 if a cache broke a promise.
 """
 
@@ -37,7 +37,9 @@ from faultlab.table import ROWS, Bench, Row  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="JSON lines: one for each finished row")
+    parser.add_argument(
+        "--results", type=Path, default=Path("faults.jsonl"), help="JSON lines: one for each finished row (%(default)s)"
+    )
     parser.add_argument("--rows", default="", help="only rows with this in their name; several after commas")
     parser.add_argument("--trials", type=int, help="at most so many trials a row (default: the full counts)")
     parser.add_argument("--minutes", type=float, help="start no trial of a row after so long; what was reached counts")

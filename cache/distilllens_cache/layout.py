@@ -16,6 +16,8 @@ MANIFEST = "manifest.json"
 DOOR = "writers.lock"
 CARD = "README.md"
 """A dataset card beside the cache, which is for people. No part of it: only what a kill left of one is cleared."""
+CONFIG = "config.resolved.yaml"
+"""The settings that a pass resolved, beside the cache as the card is."""
 REMOTE_LOCK = "remote.lock"
 
 MAX_SHARD_BYTES = 1 << 30
@@ -39,7 +41,7 @@ OWN_FILE = re.compile(
     rf"({re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(INDEX)}|{re.escape(TAIL_SUMS)}|{re.escape(CALIBRATION)}"
     rf"|{SHARDS}/\d{{5,}}(\.arrow|\.tails\.arrow|\.tail_rows\.arrow|\.json)"
     rf"|{SKETCHES}/layer_\d+(\.arrow|\.projection\.arrow|\.json))(\.tmp-\d+)?"
-    rf"|{re.escape(CARD)}\.tmp-\d+",
+    rf"|({re.escape(CARD)}|{re.escape(CONFIG)})\.tmp-\d+",
     re.ASCII,
 )
 """Files outside the tokenizer's folder that only a writer of caches makes."""

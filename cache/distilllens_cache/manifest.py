@@ -218,6 +218,8 @@ class Manifest(Record):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         _check_files(self.index, self.tokenizer_files)
+        if self.identity.format_version != self.format_version:
+            raise ValueError(f"the identity has format_version {self.identity.format_version}")
         if not self.shards:
             raise ValueError("no shards")
         for number, shard in enumerate(self.shards):

@@ -264,7 +264,7 @@ def test_what_the_loss_does_not_read_of_the_caches_may_differ(student, make_cach
         warm = make_cache(rows[1], temperature=2.0)
         (line,) = train(student, [first, warm], tmp_path / "sft", method="sft", max_steps=1)
         assert line["train/loss"] == pytest.approx(line["train/ce"], rel=1e-5)
-        with pytest.raises(CacheError, match=r"temperature is 1\.0 in the first and 2\.0 in the other"):
+        with pytest.raises(CacheError, match=r"temperature: cache has 2\.0, this run has 1\.0"):
             train(student, [first, warm], tmp_path / "run", method="kd", mix=mix, max_steps=1)
 
 

@@ -22,6 +22,7 @@ from distilllens.schedule import learning_rate
 from distilllens.targets import entropies, stack_targets
 from distilllens.train import run_train
 from distilllens_cache import CacheError, CacheReader
+from distilllens_cache.sealed_json import seal
 
 CACHE = {
     "layers": "2", "top_k": "16", "min_prob": "0", "store_tail": "profile", "max_length": 300, "examples_per_shard": 5,
@@ -436,6 +437,64 @@ def test_a_student_with_another_tokenizer_is_refused(
         "tokenizer_digest" in text
         for text in state["stateful_callbacks"]["distilllens"]["attributes"]["identity"]["mismatches"]
     )
+
+
+def forged(cache: Path, folder: Path, identity: dict[str, Any]) -> Path:
+    """A copy of a cache whose manifest gives another identity, sealed anew."""
+    manifest = shutil.copytree(cache, folder) / "manifest.json"
+    content = json.loads(manifest.read_bytes())
+    del content["sha256"]
+    manifest.write_bytes(seal({**content, "identity": content["identity"] | identity}))
+    return folder
+
+
+@pytest.mark.parametrize("flag", ["cache", "eval_cache"])
+@pytest.mark.parametrize(
+    ("identity", "settings", "message"),
+    [
+        ({"format_version": 2}, {}, "manifest.json .* format_version 2"),
+        ({"vocab_size": 319}, {}, "vocab_size: cache has 319, this run has 320"),
+        ({"vocab_size": 321}, {}, "vocab_size: cache has 321, this run has 320"),
+        ({"tokenizer_digest": "0" * 64}, {}, "tokenizer_digest 0000"),
+        ({"temperature": 1.001}, {}, r"temperature: cache has 1\.001, this run has 1\.0"),
+        ({"temperature": 0.999}, {"method": "kd"}, r"temperature: cache has 0\.999, this run has 1\.0"),
+        # The norm is the cache's own to choose: only two caches can differ in it.
+        ({"lens_norm": "none"}, {}, r"--eval-cache \S+ has lens_norm '(none|final)', and what is trained on"),
+        ({}, {"pairs": "2:3"}, "no lens targets of teacher layer 3"),
+    ],
+    ids="format vocabulary- vocabulary+ tokenizer temperature+ temperature- norm layers".split(),
+)
+def test_a_cache_of_another_identity_is_refused_by_the_field_before_any_step(
+    student, make_cache, tmp_path, flag: str, identity: dict[str, Any], settings: dict[str, str], message: str
+) -> None:
+    other = forged(make_cache(), tmp_path / "other", identity)
+    caches = {"cache": make_cache(), "eval_cache": make_cache(), flag: other}
+    with pytest.raises(ValueError, match=message):
+        train(student, caches.pop("cache"), tmp_path / "run", **caches, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_format_is_refused_by_its_version(student, make_cache, tmp_path) -> None:
+    other = forged(make_cache(), tmp_path / "other", {})
+    content = json.loads((other / "manifest.json").read_bytes())
+    del content["sha256"]
+    (other / "manifest.json").write_bytes(seal(content | {"format_version": 2}))
+    with pytest.raises(CacheError, match=r"format version 2, this distilllens reads version 1"):
+        train(student, other, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_temperature_trains_where_it_is_not_read_or_the_difference_is_recorded(
+    student, make_cache, tmp_path
+) -> None:
+    warm = make_cache(temperature=2.0)
+    assert train(student, warm, tmp_path / "sft", method="sft", max_steps=1)
+    for name, caches in (("cache", (warm, None)), ("eval", (make_cache(), warm))):
+        settings = {"eval_cache": caches[1], "allow_mismatch": "temperature", "max_steps": 1}
+        assert train(student, caches[0], tmp_path / name, **settings)
+        state = json.loads((tmp_path / name / "checkpoint-1" / STATE).read_text())
+        recorded = state["stateful_callbacks"][OURS]["attributes"]["identity"]["mismatches"]
+        assert recorded == ["temperature: cache has 2.0, this run has 1.0"]
 
 
 def test_a_profile_that_the_cache_does_not_hold_is_refused(student, make_cache, tmp_path) -> None:

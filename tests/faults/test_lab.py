@@ -4,8 +4,10 @@ import faulthandler
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,16 @@ def test_resealed_files_are_sound_again(cache: Path, tmp_path: Path) -> None:
     problems = verify.verify_cache(copy.folder).problems
     assert [problem.file for problem in problems] == ["index.arrow"]
     assert "no Arrow file" in problems[0].what
+
+
+def test_the_script_keeps_what_it_found_and_does_not_do_it_again(tmp_path: Path) -> None:
+    script = [sys.executable, str(Path(__file__).parents[2] / "scripts" / "faults.py")]
+    run_it = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    first = run_it([*script, "--trials", "2", "--rows", "appended junk"])
+    assert "| bursts: appended junk | handmade | 2 | 0 | 0 | 2 refused |" in first.stdout
+    again = run_it([*script, "--trials", "2", "--rows", "appended junk"])
+    assert (again.stdout, again.stderr) == (first.stdout, "")
+    assert len((tmp_path / "faults.jsonl").read_text().splitlines()) == 1
 
 
 def found(tally: Tally, *words: str) -> bool:

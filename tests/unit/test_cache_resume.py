@@ -218,14 +218,15 @@ def test_half_written_files_of_a_killed_writer_are_cleared(tmp_path: Path, cache
     folder = tmp_path / "cache"
     writer = cache.writer(folder)
     cache.write_shards(writer, [0])
-    torn = ("plan.json.tmp-1", "shards/00001.arrow.tmp-77", "tokenizer/tokenizer.json.tmp-5", "README.md.tmp-3")
-    for name in (*torn, "README.md", "notes.tmp-3"):
+    beside = ("README.md", "config.resolved.yaml")
+    torn = ("plan.json.tmp-1", "shards/00001.arrow.tmp-77", "tokenizer/tokenizer.json.tmp-5")
+    torn += tuple(f"{name}.tmp-3" for name in beside)
+    for name in (*torn, *beside, "notes.tmp-3"):
         (folder / name).write_bytes(b"torn")
     assert cache.writer(folder).unfinished() == [1]
     cache.write(folder)
     assert not any((folder / name).exists() for name in torn)
-    assert (folder / "README.md").exists()  # a card itself is no file of the writer's
-    assert (folder / "notes.tmp-3").exists()
+    assert all((folder / name).exists() for name in (*beside, "notes.tmp-3"))  # no files of the writer's
 
 
 def test_a_start_killed_before_its_plan_was_whole_is_started_again(tmp_path: Path, cache: Any) -> None:

@@ -2,12 +2,25 @@
 
 import json
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from distilllens.cli import cli
 from distilllens.env import environment, render_environment
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+@pytest.fixture(autouse=True)
+def metadata_of_this_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed may be another version, or nothing."""
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].items()
+    lines = project["dependencies"] + [f"{one}; extra == '{extra}'" for extra, needed in extras for one in needed]
+    monkeypatch.setattr("distilllens.env.requires", lambda name: lines)
 
 
 def test_the_facts_name_the_versions_that_matter_and_the_extras_that_are_absent(
