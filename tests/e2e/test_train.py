@@ -412,6 +412,8 @@ def test_a_student_is_called_in_no_other_number_type_than_it_is_trained_in(stude
         ({"cache": Path("absent")}, "absent"),
         ({"student": "nowhere/at-all"}, "nowhere/at-all"),
         ({"resume_from_checkpoint": "absent"}, "not a complete checkpoint"),
+        # Before the student is opened.
+        ({"student": "nowhere/at-all", "deepspeed": Path("zero9")}, "--deepspeed zero9 is neither a file nor one of"),
     ],
 )
 def test_bad_input_gets_a_sentence_before_anything_is_written(student, make_cache, tmp_path, settings, message) -> None:
