@@ -206,6 +206,14 @@ class NewStudentConfig(RunConfig):
     """Number of layers to keep, evenly spread, the first and the last among them."""
     keep: Integers | None = None
     """Layers to keep, counted from 1, such as 1,4,7."""
+    hidden_size: PositiveInt | None = None
+    """Hidden channels to keep, those of the largest weights in what writes and reads them."""
+    num_attention_heads: PositiveInt | None = None
+    """Attention heads of each layer to keep, those of the largest values and outputs; heads keep their size."""
+    num_key_value_heads: PositiveInt | None = None
+    """Groups of key and value heads of each layer to keep."""
+    intermediate_size: PositiveInt | None = None
+    """MLP columns of each layer to keep, those of the largest weights."""
     config_file: Path | None = None
     """config.json of a fresh model with random weights."""
     tokenizer: str | None = None
