@@ -235,6 +235,11 @@ def _self_check(run: TrainingRun, engine: Engine, examples: ReadAhead | MixedRea
     with torch.no_grad():
         engine.forward(batch, read=partial(_check_student, packing=run.config.packing))
     if not run.reads_targets:
+        if run.config.method != "sft":
+            say(
+                f"Nothing of the teacher is in the loss: --method {run.config.method} with --kd-ratio "
+                f"{run.config.kd_ratio:g} and --lens-weight {run.config.lens_weight:g} is plain fine-tuning"
+            )
         return
     if isinstance(batch, MixedBatch):
         for view in batch.taught(vocab_size=vocab_size)[0]:
