@@ -26,6 +26,7 @@ from distilllens.run_config import (
     split_text,
 )
 from distilllens.watch_config import WatchConfig
+from distilllens.width_config import WidthConfig
 
 __all__ = [
     "CacheTeacherConfig",
@@ -195,7 +196,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
         return tuple(file for file in files if file and file != APPEND_DATASET)
 
 
-class NewStudentConfig(RunConfig):
+class NewStudentConfig(WidthConfig):
     """A smaller model, made from a larger one or from nothing."""
 
     from_model: str | None = None
@@ -206,14 +207,6 @@ class NewStudentConfig(RunConfig):
     """Number of layers to keep, evenly spread, the first and the last among them."""
     keep: Integers | None = None
     """Layers to keep, counted from 1, such as 1,4,7."""
-    hidden_size: PositiveInt | None = None
-    """Hidden channels to keep, those of the largest weights in what writes and reads them."""
-    num_attention_heads: PositiveInt | None = None
-    """Attention heads of each layer to keep, those of the largest values and outputs; heads keep their size."""
-    num_key_value_heads: PositiveInt | None = None
-    """Groups of key and value heads of each layer to keep."""
-    intermediate_size: PositiveInt | None = None
-    """MLP columns of each layer to keep, those of the largest weights."""
     config_file: Path | None = None
     """config.json of a fresh model with random weights."""
     tokenizer: str | None = None
