@@ -24,6 +24,8 @@ from distilllens_cache import CacheWriter, Projection, Sketch, SketchSpec
 
 CHUNK_EXAMPLES = 32
 """Examples between two states that can be kept."""
+BLOCK_ROWS = 8192
+"""Rows of the head that are in float64 at a time; all of them would be 10 GB for 152k x 8192."""
 SECONDS_BETWEEN_STATES = 60.0
 MAX_STATE_BYTES = 1 << 29
 
@@ -89,13 +91,18 @@ def round_sketch(
     fitted: FittedSketch, head: Head, spec: SketchSpec, *, temperature: float = 1.0
 ) -> tuple[Sketch, Projection]:
     """A fitted sketch in the steps of its codes, as the cache holds it."""
-    weight, scale = head.weight.detach(), head.scale / temperature
-    steps = STEPS[spec.bits] * fitted.deviations
-    basis = (weight.double() @ (fitted.directions * steps)) * scale
-    offset = weight.double() @ fitted.mean + (0.0 if head.bias is None else head.bias.detach().double())
+    scale, steps = head.scale / temperature, STEPS[spec.bits] * fitted.deviations
+    directions = fitted.directions * steps
+    basis, offset = [], []
+    for start in range(0, len(head.weight), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        weight = head.weight[rows].detach().double()
+        bias = 0.0 if head.bias is None else head.bias[rows].detach().double()
+        basis.append(_numpy((weight @ directions) * scale).astype(np.float16))
+        offset.append(_numpy((weight @ fitted.mean + bias) * scale).astype(np.float32))
     sketch = Sketch(
-        _numpy(basis).astype(np.float16),
-        _numpy(offset * scale).astype(np.float32),
+        np.concatenate(basis),
+        np.concatenate(offset),
         None if head.softcap is None else head.softcap / temperature,
     )
     bits = cast(Literal[4, 8], spec.bits)

@@ -73,12 +73,13 @@ def cache_teacher(config: CacheTeacherConfig) -> None:
 @cli.command()
 @run_options(NewStudentConfig, rename={"from_model": "--from", "config_file": "--config"}, config_flag="--run")
 def new_student(config: NewStudentConfig) -> None:
-    """Write a smaller model: some layers of a larger one, or fresh weights.
+    """Write a smaller model: some layers of a larger one, narrower ones, or fresh weights.
 
     \b
     Examples:
       distilllens new-student --from big/ --layers 10 --output-dir student/
       distilllens new-student --from big/ --keep 1,4,7,12 --output-dir student/
+      distilllens new-student --from big/ --layers 10 --hidden-size 384 --intermediate-size 1024 --output-dir student/
       distilllens new-student --config config.json --tokenizer big/ --output-dir student/
     """
     from distilllens.new_student import run_new_student

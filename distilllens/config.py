@@ -26,6 +26,7 @@ from distilllens.run_config import (
     split_text,
 )
 from distilllens.watch_config import WatchConfig
+from distilllens.width_config import WidthConfig
 
 __all__ = [
     "CacheTeacherConfig",
@@ -196,7 +197,7 @@ class CacheTeacherConfig(DatasetConfig, ModelConfig, GenerateConfig):
         return tuple(file for file in files if file and file != APPEND_DATASET)
 
 
-class NewStudentConfig(RunConfig):
+class NewStudentConfig(WidthConfig):
     """A smaller model, made from a larger one or from nothing."""
 
     from_model: str | None = None

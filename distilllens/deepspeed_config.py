@@ -51,11 +51,11 @@ SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run settles for DeepSpeed."""
+    """What a run settles for DeepSpeed; None for what is not known before student and data are opened."""
 
     world_size: int
-    hidden_size: int
-    num_steps: int
+    hidden_size: int | None
+    num_steps: int | None
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ def load_deepspeed_config(config: TrainConfig, facts: RunFacts) -> ResolvedDeepS
     autos: dict[str, Any] = {}
     resolved = _resolve(file, name, known, free, autos)
     _require_adamw(resolved.pop("optimizer", {}), name)
-    notes = _notes(resolved.pop("scheduler", {}), config, name)
+    notes = _schedule_notes(resolved.pop("scheduler", {}), config, name)
     if config.device == "cpu" or not torch.cuda.is_available():
         # DeepSpeed would otherwise take a GPU, or look for an accelerator's compiler at import.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _require_valid_values(resolved, name)
     _require_no_nvme(resolved, name)
+    notes += _drop_idle_offload(resolved.get("zero_optimization", {}))
     values = {key: value for key, value in known.items() if "." not in key} | resolved
     if config.bf16 and not values.get("zero_optimization", {}).get("stage"):
         # As in one process. DeepSpeed's bfloat16 optimizer without ZeRO doesn't show what it keeps of a parameter.
@@ -150,7 +151,7 @@ def _known_values(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         "optimizer.params.eps": config.adam_epsilon,
         "optimizer.params.weight_decay": config.weight_decay,
         "scheduler.params.warmup_max_lr": config.learning_rate,
-        "scheduler.params.warmup_num_steps": warmup_steps(config, num_steps=facts.num_steps),
+        "scheduler.params.warmup_num_steps": facts.num_steps and warmup_steps(config, num_steps=facts.num_steps),
         "scheduler.params.total_num_steps": facts.num_steps,
         "zero_optimization.compute_grad_norm": True,
     }
@@ -158,11 +159,12 @@ def _known_values(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
 
 def _free_values(facts: RunFacts) -> dict[str, Any]:
     """What an "auto" becomes where any other value would do, too: the formulas of Hugging Face's trainer."""
+    size = facts.hidden_size or 1
     return {
         "scheduler.params.warmup_min_lr": 0,
-        "zero_optimization.reduce_bucket_size": facts.hidden_size**2,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * facts.hidden_size**2),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * facts.hidden_size,
+        "zero_optimization.reduce_bucket_size": size**2,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * size**2),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * size,
     }
 
 
@@ -184,7 +186,7 @@ def _resolve(
             if path not in known and path not in free:
                 raise ValueError(f'{name}: "auto" for {path} has no meaning here; give it a value')
             resolved[key] = autos[path] = known[path] if path in known else free[path]
-        elif path in known and value != known[path]:
+        elif known.get(path) is not None and value != known[path]:
             raise ValueError(
                 f'{name} says {path} = {value}, and the run says {known[path]}: make them equal, or write "auto"'
             )
@@ -242,6 +244,16 @@ def _require_no_nvme(resolved: dict[str, Any], name: str) -> None:
             raise ValueError(f"{name} says zero_optimization.{offload}.device = nvme: train offloads to cpu only")
 
 
+def _drop_idle_offload(zero: dict[str, Any]) -> tuple[str, ...]:
+    """Takes out what the stage has no use for, which DeepSpeed would do without a word."""
+    stage, notes = int(zero.get("stage", 0)), []
+    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        if stage < lowest and (zero.get(key) or {}).get("device", "none") != "none":
+            del zero[key]
+            notes.append(f"zero_optimization.{key} is not used: it needs stage {lowest} or higher, and this is {stage}")
+    return tuple(notes)
+
+
 def _require_adamw(optimizer: dict[str, Any], name: str) -> None:
     kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
     is_adamw = kind in ("Adam", "AdamW") and params.get("adam_w_mode", True) and params.get("bias_correction", True)
@@ -251,7 +263,7 @@ def _require_adamw(optimizer: dict[str, Any], name: str) -> None:
         )
 
 
-def _notes(scheduler: dict[str, Any], config: TrainConfig, name: str) -> tuple[str, ...]:
+def _schedule_notes(scheduler: dict[str, Any], config: TrainConfig, name: str) -> tuple[str, ...]:
     if not scheduler:
         return ()
     kind, own = scheduler.get("type"), config.lr_scheduler_type

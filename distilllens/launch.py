@@ -117,7 +117,15 @@ def is_distributed() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this rank: the one asked for, and under a launcher the CUDA device of the local rank."""
+    """The device of this rank: the one asked for, and under a launcher the CUDA device of the local rank.
+
+    Raises ValueError where there is none, and where one GPU is named and several ranks share the machine.
+    """
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) > 1:
+        raise ValueError(
+            f"--device {name} puts all ranks of this machine on one GPU: give --device cuda, and each takes the GPU of "
+            "its own number"
+        )
     device = pick_device(name)
     if device.type == "cuda":
         if device.index is None:
@@ -128,8 +136,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def uses_deepspeed(config: TrainConfig) -> bool:
+    """Whether a run is DeepSpeed's: several ranks, or a DeepSpeed file."""
+    return is_distributed() or config.deepspeed is not None
+
+
 def start_engine(student: nn.Module, config: TrainConfig, device: torch.device, facts: RunFacts) -> Engine:
     """Plain torch for one process; DeepSpeed for several, or where a DeepSpeed file is given."""
-    if is_distributed() or config.deepspeed is not None:
+    if uses_deepspeed(config):
         return DeepSpeedEngine(student, config, device, facts)
     return TorchEngine(student, config, device)

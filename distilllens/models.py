@@ -130,6 +130,16 @@ def require_kernel(attn_implementation: str, device: torch.device, *, is_16_bit:
         raise ValueError(f"--attn-implementation {attn_implementation} computes in 16 bits only: give {flag}, or sdpa")
 
 
+def require_bfloat16(device: torch.device, *, flag: str) -> None:
+    """ValueError on a CUDA device that computes bfloat16 by detours only, slower than float32; ``flag`` asks for it."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"{flag}: {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) does not compute in "
+            f"bfloat16, which comes with 8.0: drop {flag}"
+        )
+
+
 def config_digest(model: PreTrainedModel) -> str:
     """sha256 (hex) of the settings that shape what a model computes: not its name, dtype or kernels."""
     canonical = json.dumps(_shaping(model.config.to_dict()), sort_keys=True, default=str)

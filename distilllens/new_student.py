@@ -1,10 +1,10 @@
-"""Command: a smaller model as an ordinary folder, made of some layers of a larger one or from nothing."""
+"""Command: a smaller model as an ordinary folder, made of a part of a larger one or from nothing."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from distilllens.model_source import short_cause
 from distilllens.models import load_model, load_tokenizer
 from distilllens.quiet import quiet_libraries
 from distilllens.vocabulary import require_matching_tokenizer, save_tokenizer
+from distilllens.width_pruning import Width, check_width, prune_width
 
 _OF_A_MODEL_FOLDER = tuple(
     "config.json generation_config.json model*.safetensors model.safetensors.index.json "
@@ -35,6 +36,8 @@ class NewStudent:
     source: str | None
     num_source_layers: int | None
     num_layers: int
+    width: Width
+    """Sizes that were asked for."""
     num_parameters: int
     """Tied weights counted once."""
     dtype: str
@@ -45,7 +48,8 @@ class NewStudent:
             return f"{self.folder}: {self.num_layers} layers of fresh weights, {size}"
         kept = ", ".join(map(str, self.layers))
         layers = f"{self.num_layers} of the {self.num_source_layers} layers of {self.source} ({kept})"
-        return f"{self.folder}: {layers}, {size}"
+        widths = "".join(f", {name.replace('_', ' ')} {n}" for name, n in vars(self.width).items() if n is not None)
+        return f"{self.folder}: {layers}{widths}, {size}"
 
 
 def run_new_student(config: NewStudentConfig) -> NewStudent:
@@ -53,7 +57,8 @@ def run_new_student(config: NewStudentConfig) -> NewStudent:
 
     Raises ValueError for a request that can't be met and for an output folder that holds something else.
     """
-    _check_request(config)
+    width = Width(**{field.name: getattr(config, field.name) for field in fields(Width)})
+    _check_request(config, width)
     _check_output(config)
     if config.config_file is not None:
         tokenizer = load_tokenizer(config.tokenizer or str(config.from_model), revision=_tokenizer_revision(config))
@@ -68,8 +73,12 @@ def run_new_student(config: NewStudentConfig) -> NewStudent:
         if config.keep is not None:
             kept = check_kept(config.keep, num_source_layers)
         else:
-            kept = spread_layers(int(config.layers or 0), num_source_layers)
+            kept = spread_layers(num_source_layers if config.layers is None else config.layers, num_source_layers)
+        if width:
+            check_width(width, teacher.config)
         model = prune_depth(teacher, kept)
+        if width:
+            model = prune_width(model, width)
     with _new_folder(config.output_dir) as folder, quiet_libraries():
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
@@ -79,6 +88,7 @@ def run_new_student(config: NewStudentConfig) -> NewStudent:
         source=config.from_model,
         num_source_layers=num_source_layers,
         num_layers=int(model.config.num_hidden_layers),
+        width=width,
         num_parameters=sum(parameter.numel() for parameter in cast(torch.nn.Module, model).parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
     )
@@ -106,17 +116,21 @@ def fresh_model(config_file: Path, tokenizer: PreTrainedTokenizerBase, *, seed: 
     return model.eval()
 
 
-def _check_request(config: NewStudentConfig) -> None:
+def _check_request(config: NewStudentConfig, width: Width) -> None:
     ways = {"--layers": config.layers, "--keep": config.keep, "--config": config.config_file}
     given = [flag for flag, value in ways.items() if value is not None]
-    if len(given) != 1:
+    sizes = [f"--{name.replace('_', '-')}" for name, size in vars(width).items() if size is not None]
+    if len(given) > 1 or not (given or sizes):
         raise ValueError(
-            f"{' and '.join(given) or 'none of --layers, --keep and --config'} given: a student is made in "
-            "one way, --from MODEL with --layers N or --keep 1,4,7, or --config config.json for fresh "
-            "weights"
+            f"{' and '.join(given) or 'none of --layers, --keep, --config and a width such as --hidden-size'} given: a "
+            "student is made in one way, --from MODEL with --layers N or --keep 1,4,7 and with widths or without, or "
+            "--config config.json for fresh weights"
         )
+    if config.config_file is not None and sizes:
+        raise ValueError(f"{sizes[0]} prunes a model, --config has sizes of its own: drop one of them")
+    given += sizes
     if config.config_file is None and config.from_model is None:
-        raise ValueError(f"{given[0]} needs the model to take the layers from: give --from MODEL")
+        raise ValueError(f"{given[0]} needs the model to prune: give --from MODEL")
     if config.config_file is not None and config.from_model is None and config.tokenizer is None:
         raise ValueError(
             "--config gives a model without a tokenizer: give --tokenizer FOLDER, or --from MODEL for its own"

@@ -103,11 +103,12 @@ def _by_first_name(model: type[RunConfig], values: dict[str, Any], source: str) 
 def _sentences(error: ValidationError, source: str) -> str:
     mistakes = []
     for detail in error.errors():
-        name = ".".join(str(part) for part in detail["loc"]) or "together"
+        name = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "missing":
             message = f"is required: give --{name.replace('_', '-')}"
-        mistakes.append(f"  {name}: {message}")
+        # What no single key is to blame for names its flags itself.
+        mistakes.append(f"  {name}: {message}" if name else f"  {message}")
     noun = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
     return f"{source} has {noun}:\n" + "\n".join(mistakes)
 

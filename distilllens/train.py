@@ -1,6 +1,7 @@
 """Train a student from a teacher cache: shards -> student -> loss -> step -> checkpoint."""
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,22 +27,22 @@ from distilllens.checkpoint import (
 from distilllens.collate import Batch
 from distilllens.config import TrainConfig, save_config
 from distilllens.console import say
-from distilllens.deepspeed_config import RunFacts
+from distilllens.deepspeed_config import RunFacts, load_deepspeed_config
 from distilllens.early_stopping import selection_of
 from distilllens.engine import Engine
 from distilllens.example_log import ExampleLog
 from distilllens.interruption import Interruption
-from distilllens.launch import choose_device, is_distributed, join_ranks, start_engine, world_size
+from distilllens.launch import choose_device, is_distributed, join_ranks, start_engine, uses_deepspeed, world_size
 from distilllens.lens import check_lens
 from distilllens.lens_schedule import lens_factor
 from distilllens.loss_watch import PATIENCE, running_median
 from distilllens.metrics import Metrics, RunningSums, history_entry
 from distilllens.mixed_batch import MixedBatch
 from distilllens.mixture import DataMixture, MixedReadAhead
-from distilllens.models import load_model, require_kernel
+from distilllens.models import load_model, require_bfloat16, require_kernel
 from distilllens.packing import check_packing
 from distilllens.quiet import quiet_libraries
-from distilllens.replacing import replacing
+from distilllens.replacing import recover_once, replacing
 from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
 from distilllens.student import Student
@@ -69,7 +70,13 @@ def run_train(config: TrainConfig) -> Path:
     join_ranks()
     device = choose_device(config.device)
     require_kernel(config.attn_implementation, device, is_16_bit=config.bf16, flag="--bf16")
+    if config.bf16:
+        require_bfloat16(device, flag="--bf16")
     check_trackers(tracker_names(config.report_to))
+    if uses_deepspeed(config):
+        # Read again by the engine, with what only student and data tell; a mistake is told before they are opened.
+        num_steps = config.max_steps if config.max_steps > 0 else None
+        load_deepspeed_config(config, RunFacts(world_size(), hidden_size=None, num_steps=num_steps))
     _check_output(config)
     checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
     run_opened(open_run(config, start_from=checkpoint), device, checkpoint)
@@ -228,6 +235,11 @@ def _self_check(run: TrainingRun, engine: Engine, examples: ReadAhead | MixedRea
     with torch.no_grad():
         engine.forward(batch, read=partial(_check_student, packing=run.config.packing))
     if not run.reads_targets:
+        if run.config.method != "sft":
+            say(
+                f"Nothing of the teacher is in the loss: --method {run.config.method} with --kd-ratio "
+                f"{run.config.kd_ratio:g} and --lens-weight {run.config.lens_weight:g} is plain fine-tuning"
+            )
         return
     if isinstance(batch, MixedBatch):
         for view in batch.taught(vocab_size=vocab_size)[0]:
@@ -244,6 +256,7 @@ def _self_check(run: TrainingRun, engine: Engine, examples: ReadAhead | MixedRea
 def _check_output(config: TrainConfig) -> None:
     folder = config.output_dir
     _require_writable(folder)
+    recover_once(folder, rank=int(os.environ.get("RANK", "0")))
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / RESOLVED).is_file():

@@ -371,6 +371,13 @@ def test_a_baseline_reads_the_final_layer_and_is_measured_at_the_lens_layers(stu
     assert "eval/lens_jsd/2:2" in lines[-1]
 
 
+@pytest.mark.parametrize("settings", [{"kd_ratio": 0.0}, {"method": "kd", "kd_ratio": 0.0}, {"method": "sft"}, {}])
+def test_a_teacher_that_the_loss_does_not_read_is_told(student, make_cache, tmp_path, settings, capsys) -> None:
+    train(student, make_cache(), tmp_path / "run", **{**settings, "max_steps": 1})
+    asked_for = settings.get("kd_ratio") == 0.0
+    assert ("Nothing of the teacher is in the loss" in capsys.readouterr().err) == asked_for
+
+
 def test_held_out_rows_are_measured_with_their_own_lens_or_refused(student, make_cache, tmp_path) -> None:
     bare = make_cache(lens_norm="none")
     (*_, alone) = train(student, bare, tmp_path / "bare", method="kd", eval_cache=bare, max_steps=1)
@@ -413,6 +420,8 @@ def test_a_student_is_called_in_no_other_number_type_than_it_is_trained_in(stude
         ({"cache": Path("absent")}, "absent"),
         ({"student": "nowhere/at-all"}, "nowhere/at-all"),
         ({"resume_from_checkpoint": "absent"}, "not a complete checkpoint"),
+        # Before the student is opened.
+        ({"student": "nowhere/at-all", "deepspeed": Path("zero9")}, "--deepspeed zero9 is neither a file nor one of"),
     ],
 )
 def test_bad_input_gets_a_sentence_before_anything_is_written(student, make_cache, tmp_path, settings, message) -> None:

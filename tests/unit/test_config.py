@@ -125,8 +125,9 @@ def test_every_mistake_is_named_by_its_key(tmp_path: Path) -> None:
     ],
 )
 def test_a_method_without_its_data_is_refused(flags: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_config(TrainConfig, file=None, flags=flags)
+    assert str(error.value).splitlines()[1].startswith("  --")  # no key is to blame alone
 
 
 @pytest.mark.parametrize(

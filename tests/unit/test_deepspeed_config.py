@@ -127,6 +127,31 @@ def test_a_file_with_a_mistake_is_refused_in_one_sentence(tmp_path, text: str, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "idle"), [(0, ["offload_optimizer", "offload_param"]), (2, ["offload_param"]), (3, [])]
+)
+def test_offload_that_a_stage_has_no_use_for_is_left_out_and_told(tmp_path, stage: int, idle: list[str]) -> None:
+    both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    resolved = load(tmp_path, {"zero_optimization": {"stage": stage, **both}}, bf16=False)
+    assert set(both) - set(resolved.values["zero_optimization"]) == set(idle)
+    assert resolved.offloads_optimizer == (stage > 0)
+    assert [note.split()[0] for note in resolved.notes] == [f"zero_optimization.{key}" for key in idle]
+
+
+def test_before_the_model_is_opened_what_only_it_can_tell_is_not_compared(tmp_path) -> None:
+    file = tmp_path / "ds.json"
+    settings = {"student": "s", "cache": tmp_path, "output_dir": tmp_path, "deepspeed": file}
+    config, early = TrainConfig(**settings), RunFacts(world_size=2, hidden_size=None, num_steps=None)
+    schedule = {"warmup_num_steps": 3, "total_num_steps": 41}
+    file.write_text(json.dumps({**HUGGING_FACE, "scheduler": {"type": "WarmupCosineLR", "params": schedule}}))
+    load_deepspeed_config(config, early)
+    with pytest.raises(ValueError, match="warmup_num_steps = 3, and the run says 0"):
+        load_deepspeed_config(config, FACTS)
+    file.write_text('{"train_batch_size": 7}')
+    with pytest.raises(ValueError, match="train_batch_size = 7, and the run says 16"):
+        load_deepspeed_config(config, early)
+
+
 def test_a_file_that_is_not_there_is_refused_with_the_names_that_are(tmp_path) -> None:
     with pytest.raises(ValueError, match="neither a file nor one of zero1, zero2, zero2_offload"):
         load(tmp_path, "", deepspeed=Path("zero9"))

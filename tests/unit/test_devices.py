@@ -7,7 +7,7 @@ can run it. Where tensors of two devices meet, the pretence raises, as CUDA does
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from distilllens.lens import LogitLens, check_lens
 from distilllens.lens_rows import choose_lens_rows
 from distilllens.mixed_batch import Mix, Teaching, Teachings, collate_mixed
 from distilllens.mixture import MixedExample
-from distilllens.models import require_kernel
+from distilllens.models import require_bfloat16, require_kernel
 from distilllens.objective import Gate, Objective, Positions
 from distilllens.packing import check_packing, pack
 from distilllens.student import Student
@@ -333,6 +333,30 @@ def test_a_rank_takes_its_gpu_and_tells_torch(monkeypatch, asked: str, shown: in
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert choose_device(asked) == torch.device("cuda", taken)
     assert told == [torch.device("cuda", taken)]
+
+
+def test_ranks_that_share_a_machine_are_not_all_put_on_one_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="--device cuda:1 puts all ranks of this machine on one GPU"):
+        choose_device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one rank on each of two machines
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_bfloat16_is_refused_on_a_gpu_that_only_emulates_it(monkeypatch, can: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    require_bfloat16(torch.device("cpu"), flag="--bf16")
+    with (
+        nullcontext() if can else pytest.raises(ValueError, match=r"--bf16: Tesla T4 \(compute capability 7\.5\) does")
+    ):
+        require_bfloat16(torch.device("cuda", 0), flag="--bf16")
 
 
 def test_deepspeed_stays_on_the_cpu_that_was_asked_for_beside_a_gpu(monkeypatch) -> None:

@@ -254,7 +254,7 @@ def test_a_fresh_model_with_too_small_a_vocabulary_is_refused(model_config, teac
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"from_model": "x"}, "none of --layers, --keep and --config given"),
+        ({"from_model": "x"}, "none of --layers, --keep, --config and a width such as --hidden-size given"),
         ({"from_model": "x", "layers": 2, "keep": (1,)}, "--layers and --keep given"),
         ({"layers": 2}, "give --from MODEL"),
         ({"config_file": "config.json"}, "give --tokenizer FOLDER"),

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distilllens import calibration
+from distilllens.fused import Head
 from distilllens.sketch_fit import Moments, fit_sketch, head_metric
+from distilllens_cache import SketchSpec
 
 N, D, V = 400, 6, 30
 
@@ -90,3 +93,18 @@ def test_states_that_vary_in_few_directions_have_a_sketch_all_the_same(weight: T
     codes = (flat - fitted.mean) @ fitted.encoder
     assert torch.isfinite(codes).all()
     torch.testing.assert_close(fitted.mean + codes @ fitted.directions.T, flat, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_sketch_that_is_rounded_in_blocks_of_the_head_has_the_same_bytes(
+    states: Tensor, weight: Tensor, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = fit_sketch(moments_of(states), weight, 3)
+    head = Head(weight.float(), torch.linspace(-1, 1, V) if has_bias else None)
+    found = []
+    for block in (V, 7):
+        monkeypatch.setattr(calibration, "BLOCK_ROWS", block)
+        sketch, _ = calibration.round_sketch(fitted, head, SketchSpec(3, 4), temperature=0.7)
+        found.append((sketch.basis.tobytes(), sketch.offset.tobytes(), sketch.basis.shape, sketch.offset.shape))
+    assert found[0] == found[1]
+    assert found[0][2:] == ((V, 3), (V,))
