@@ -21,7 +21,8 @@ from distilllens.launch import join_ranks
 from distilllens.pass_estimate import describe, estimate
 from distilllens.pass_plan import Plan, bytes_per_target, open_plan, planned
 from distilllens.ranks import SECONDS_TO_COME, Ranks, ranks_of_environment
-from distilllens.remote_output import RESOLVED, RemoteOutput, remote_output
+from distilllens.remote_output import RemoteOutput, remote_output
+from distilllens.run_config import RESOLVED
 from distilllens.teacher_pass import TeacherPass
 from distilllens_cache import CacheWriter, TailSpec, require_free, share_shards
 from distilllens_inspect.card import CARD, write_card

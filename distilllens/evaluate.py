@@ -61,7 +61,7 @@ def run_evaluate(config: EvaluateConfig) -> EvaluateResults:
     if results is not None:
         _say(f"{folder.path} is finished, nothing was run again; --overwrite begins anew.")
     else:
-        save_config(config, folder.path / files.CONFIG)
+        save_config(config, folder.path / files.RESOLVED)
         results = _measure(config, subjects, folder)
         write_json(folder.path / files.RESULTS, results.model_dump(mode="json"))
         _say(f"Results are in {folder.path / files.RESULTS}")

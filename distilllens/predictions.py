@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from distilllens.run_config import RESOLVED
 from distilllens.text_file import write_text
 
 SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
-CONFIG = "config.resolved.yaml"
 SAMPLES = "lens_samples.json"
-OUR_FILES = (SETTINGS, PREDICTIONS, RESULTS, CONFIG, SAMPLES)
+OUR_FILES = (SETTINGS, PREDICTIONS, RESULTS, RESOLVED, SAMPLES)
 
 BEGIN_ANEW = "The file was changed: use --overwrite to begin anew."
 

@@ -13,6 +13,7 @@ from distilllens.console import counted, say
 from distilllens.generated_rows import responses_file
 from distilllens.launch import local_world_size
 from distilllens.ranks import Ranks
+from distilllens.run_config import RESOLVED
 from distilllens_cache import CacheError
 from distilllens_cache.download import Download
 from distilllens_cache.lock import lock_of, seats
@@ -22,8 +23,6 @@ from distilllens_cache.remote_lock import RemoteLock, TakenError
 from distilllens_cache.upload import Upload
 from distilllens_inspect.card import CARD
 
-RESOLVED = "config.resolved.yaml"
-"""The run's settings, beside the cache."""
 RESPONSES = "generated.jsonl"
 """What the teacher wrote with ``--generate``, which lies beside a local cache and within a remote one."""
 SECONDS_BETWEEN_PUSHES = 5.0

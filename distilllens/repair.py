@@ -7,8 +7,10 @@ from distilllens.cache_teacher import run_cache_teacher
 from distilllens.config import CacheTeacherConfig
 from distilllens.console import counted, say
 from distilllens.launch import is_distributed, join_ranks
+from distilllens.run_config import RESOLVED
 from distilllens_cache import CacheError, Problem, VerifyReport, open_folder, require_free, restore_plan, verify_cache
 from distilllens_cache.remote_files import RemoteFiles
+from distilllens_inspect.card import CARD
 
 State = Mapping[str, object]
 """Something of each file, by name, that changes when it is written again: of a local one its inode and time."""
@@ -53,7 +55,7 @@ def run_repair(config: CacheTeacherConfig) -> str | Path:
     return folder
 
 
-UNCHECKED = ("config.resolved.yaml", "README.md")
+UNCHECKED = (RESOLVED, CARD)
 """Files beside the cache that a pass writes whenever it ends."""
 
 

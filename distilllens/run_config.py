@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from distilllens.text_file import write_text
 
+RESOLVED = "config.resolved.yaml"
+"""File with the settings of a run, beside its output."""
+
 
 def split_text(value: Any) -> Any:
     """``"1,4,7"`` on a command line and ``[1, 4, 7]`` in a YAML file are the same list."""

@@ -43,6 +43,7 @@ from distilllens.models import load_model, require_bfloat16, require_kernel
 from distilllens.packing import check_packing
 from distilllens.quiet import quiet_libraries
 from distilllens.replacing import recover_once, replacing
+from distilllens.run_config import RESOLVED
 from distilllens.schedule import learning_rate, warmup_steps
 from distilllens.self_check import check_objective
 from distilllens.student import Student
@@ -52,7 +53,6 @@ from distilllens.validation import Validation, open_validation
 from distilllens.watch_config import tracker_names
 from distilllens_cache import ReadAhead
 
-RESOLVED = "config.resolved.yaml"
 MERGED = "merged"
 """Folder in the output for a LoRA student with its adapters merged."""
 
