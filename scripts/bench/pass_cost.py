@@ -114,7 +114,7 @@ def measure_pass(plan: Plan, folder: Path, *, num_examples: int, rounds: int) ->
 def measure_training(cache: Path, student: str, output: Path, *, steps: int, batch_size: int) -> float:
     """Targets per second of CPU time, the first step left out."""
     config = TrainConfig(
-        student=student, cache=cache, output_dir=output, per_device_train_batch_size=batch_size, device="cpu"
+        student=student, cache=(str(cache),), output_dir=output, per_device_train_batch_size=batch_size, device="cpu"
     )
     run = open_run(config, start_from=None)
     optimizer = build_optimizer(run.student, config)

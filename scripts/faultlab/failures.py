@@ -51,7 +51,8 @@ class SmallFiles(Refusals):
         folder = self.folder()
 
         def work() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most * (number + 1) // (self.trials + 1),) * 2)
+            limit = most * (number + 1) // (self.trials + 1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             self.material.write(folder)
 
         return self.outcome(in_child(work), folder)

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from faultlab.child import in_child
 from faultlab.outcome import Outcome
-from faultlab.system_calls import MOMENTS, killing
+from faultlab.system_calls import MOMENTS, Moment, killing
 from faultlab.writing import STARTS, Start, Writing, rng_of, timed
 
 MOST_NESTED = 4
@@ -42,7 +42,7 @@ class KillsAtCalls(Writing):
     """
 
     @cached_property
-    def points(self) -> list[tuple[Start, int, str]]:
+    def points(self) -> list[tuple[Start, int, Moment]]:
         return [
             (start, nth, moment)
             for start in STARTS

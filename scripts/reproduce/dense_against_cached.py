@@ -57,7 +57,9 @@ class DenseStudent(Student):
         super().__init__(student.model, student.lens, student.objective, chunk_rows=student.chunk_rows)
         self.teacher = (teacher, weight)  # in a tuple, so that its weights are not trained
 
-    def forward(self, batch: Batch, measured_pairs: Pairs | None = None, **options: Any) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, measured_pairs: Pairs | None = None, lens_factor: float = 1.0, **options: Any
+    ) -> dict[str, Tensor]:
         """The student's sums."""
         teacher, weight = self.teacher
         layers = tuple(batch.targets)
@@ -67,7 +69,7 @@ class DenseStudent(Student):
             targets = {layer: whole_targets(states, teacher) for layer, states in rows.items()}
         tail = SketchTail(weight, torch.zeros(len(weight)))
         dense = replace(batch, targets=targets, tails=dict.fromkeys(layers, tail))
-        return super().forward(dense, measured_pairs, **options)
+        return super().forward(dense, measured_pairs, lens_factor, **options)
 
 
 def whole_targets(states: Tensor, teacher: LogitLens) -> SparseTargets:
@@ -132,7 +134,7 @@ def run(arm: str, seed: int, cache: Path, arguments: argparse.Namespace) -> dict
     folder = arguments.output / f"{arm}-seed{seed}"
     config = TrainConfig(
         student=arguments.student,
-        cache=cache,
+        cache=(str(cache),),
         seed=seed,
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.batch_size,
