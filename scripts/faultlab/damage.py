@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 
+from distilllens_cache import layout
 from faultlab.material import files_of, put_files
 from faultlab.outcome import Outcome
 from faultlab.reading import digest_of, judge
@@ -49,7 +50,9 @@ class Copy:
     sound: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.files = files_of(self.source)
+        # What lies beside a cache for people is no part of it, and nobody who reads a cache opens it.
+        beside = (layout.CARD, layout.CONFIG)
+        self.files = {name: data for name, data in files_of(self.source).items() if name not in beside}
         put_files(self.folder, self.files)
         self.sound = digest_of(self.folder)
 

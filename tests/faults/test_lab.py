@@ -26,7 +26,7 @@ from faultlab import (
     surroundings,
     watch,
 )
-from faultlab.material import Material, files_of, handmade
+from faultlab.material import Material, files_of, handmade, put_files
 from faultlab.outcome import Outcome, Tally
 from faultlab.pool import run
 from faultlab.seals import resealed
@@ -100,6 +100,12 @@ def test_resealed_files_are_sound_again(cache: Path, tmp_path: Path) -> None:
     problems = verify.verify_cache(copy.folder).problems
     assert [problem.file for problem in problems] == ["index.arrow"]
     assert "no Arrow file" in problems[0].what
+
+
+def test_what_lies_beside_a_cache_is_not_harmed(cache: Path, tmp_path: Path) -> None:
+    beside = {"README.md": b"about these targets", "config.resolved.yaml": b"top_k: 4"}
+    folder = put_files(tmp_path / "cache", files_of(cache) | beside)
+    assert damage.Copy(folder, tmp_path / "copy").files == files_of(cache)
 
 
 def test_the_script_keeps_what_it_found_and_does_not_do_it_again(tmp_path: Path) -> None:
