@@ -111,7 +111,8 @@ class RemoteFiles:
         def look() -> dict[str, dict[str, Any]]:
             file_system, path = self._folder.connect()
             file_system.invalidate_cache()
-            found = file_system.find(path, detail=True)
+            # The folder itself may be among them, where no file is, or none was a moment ago.
+            found = {name: info for name, info in file_system.find(path, detail=True).items() if info["type"] == "file"}
             if path in found:
                 raise ValueError("it is a file, and a cache is a folder")
             return {name.removeprefix(f"{path}/"): info for name, info in found.items()}

@@ -15,7 +15,8 @@ from distilllens.cache_teacher import run_cache_teacher
 from distilllens.cli import main
 from distilllens.config import CacheTeacherConfig
 from distilllens.metrics import read_metrics
-from distilllens_cache import remote_folder, remote_lock, upload
+from distilllens_cache import CacheError, remote_folder, remote_lock, upload
+from distilllens_cache.remote_files import RemoteFiles
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +259,23 @@ def test_responses_go_up_with_their_cache_and_are_not_written_again_elsewhere(
     next(staging.glob("*.generated.jsonl")).write_text("of another run\n")
     assert pass_to(url, *settings) == 0  # what is there decides
     assert list(staging.iterdir()) == []
+
+
+def test_a_folder_that_begins_to_be_is_no_file(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where s3fs finds no file it asks for the folder itself, which there is if another rank was faster."""
+    import s3fs
+
+    s3fs.S3FileSystem().pipe_file("teachers/begun/file", b"bytes")
+
+    async def before(*args: Any, **options: Any) -> list[dict[str, Any]]:
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3fs.S3FileSystem, "_lsdir", before)
+        assert RemoteFiles("s3://teachers/begun").sizes() == {}
+    assert RemoteFiles("s3://teachers/begun").sizes() == {"file": 5}
+    with pytest.raises(CacheError, match="it is a file, and a cache is a folder"):
+        RemoteFiles("s3://teachers/begun/file").sizes()
 
 
 @pytest.mark.slow
